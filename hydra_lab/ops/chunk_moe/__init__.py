@@ -1,0 +1,83 @@
+"""Mixture of SwiGLU experts in which all tokens of a chunk use the same experts."""
+
+from typing import Literal
+
+from torch import Tensor, int64
+
+from hydra_lab.ops.checks import check_shape, unknown_backend
+from hydra_lab.ops.chunk_moe import reference
+from hydra_lab.ops.chunk_moe import torch as fast
+
+__all__ = ["chunk_moe"]
+
+
+def chunk_moe(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    *,
+    chunk_size: int,
+    offset: Tensor | None = None,
+    length: Tensor | None = None,
+    backend: Literal["torch", "reference"] = "torch",
+) -> Tensor:
+    """Weighted sum of the outputs of the experts that each token's chunk chose.
+
+    `y_t = sum_k weights[t, k] * w_down[e] (silu(g) * u)` with `[g; u] = w_gate_up[e] x_t`,
+    `e = experts[chunk(t), k]` and `chunk(t) = (offset + t) // chunk_size`. With `chunk_size=1` this is the
+    mixture of Mixtral (arXiv 2401.04088, section 2.1). An expert is computed only for the tokens of the chunks
+    that chose it; an expert that nobody chose costs nothing and gets a zero gradient.
+
+    Args:
+        x: [B, L, D] input; a row's tokens start at index 0.
+        experts: [B, C, K] int64 experts of each chunk, in 0 .. E-1. An expert listed twice counts twice.
+        weights: [B, L, K] weight of each of them for each token.
+        w_gate_up: [E, 2F, D] gate and up projections of each expert, gate first.
+        w_down: [E, D, F] down projections.
+        chunk_size: tokens per chunk.
+        offset: [B] position of each row's first token inside its first chunk (0 .. chunk_size-1); None for 0.
+        length: [B] number of tokens of each row, at most L; the output is 0 beyond them. None for L.
+        backend: "torch" or "reference".
+
+    Returns:
+        [B, L, D], in the dtype of `x`.
+
+    Raises:
+        ValueError: a shape, an expert or an option does not fit, or `experts` ends before the last token's chunk.
+    """
+    check_shape("x", x, (None, None, None), "[B, L, D]")
+    num_rows, num_positions, hidden_size = x.shape
+    check_shape("experts", experts, (num_rows, None, None), "[B, C, K]")
+    check_shape("weights", weights, (num_rows, num_positions, experts.shape[2]), "[B, L, K]")
+    check_shape("w_gate_up", w_gate_up, (None, None, hidden_size), "[E, 2F, D]")
+    num_experts, expert_size = w_gate_up.shape[0], w_gate_up.shape[1] // 2
+    check_shape("w_down", w_down, (num_experts, hidden_size, expert_size), "[E, D, F]")
+    if x.numel() == 0 or experts.numel() == 0:
+        raise ValueError(f"x and experts must not be empty, got {list(x.shape)} and {list(experts.shape)}")
+    if w_gate_up.shape[1] % 2:
+        raise ValueError(f"w_gate_up must hold as many gate as up rows, got {w_gate_up.shape[1]} together")
+    if experts.dtype != int64:
+        raise ValueError(f"experts must be int64, got {experts.dtype}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if offset is None:
+        offset = experts.new_zeros(num_rows)
+    check_shape("offset", offset, (num_rows,), "[B]")
+    if length is None:
+        length = experts.new_full((num_rows,), num_positions)
+    check_shape("length", length, (num_rows,), "[B]")
+    last_chunk = int((offset + length - 1).max()) // chunk_size
+    if last_chunk >= experts.shape[1]:
+        raise ValueError(f"experts holds {experts.shape[1]} chunks, but the tokens reach chunk {last_chunk}")
+    lowest, highest = int(experts.min()), int(experts.max())
+    if lowest < 0 or highest >= num_experts:
+        raise ValueError(f"experts must lie in 0 .. {num_experts - 1}, got {lowest} .. {highest}")
+    if backend == "torch":
+        run = fast.chunk_moe
+    elif backend == "reference":
+        run = reference.chunk_moe
+    else:
+        raise unknown_backend(backend)
+    return run(x, experts, weights, w_gate_up, w_down, chunk_size=chunk_size, offset=offset, length=length)

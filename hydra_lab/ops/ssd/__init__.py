@@ -1,0 +1,171 @@
+"""Structured state-space duality: the Mamba-2 recurrence, whole sequences and single steps.
+
+Shape suffixes: B rows, L positions, C chunks, H heads, G groups of heads, P head dimension, N state dimension,
+M any number of values that share a decay.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from hydra_lab.ops.checks import check_shape, unknown_backend
+from hydra_lab.ops.ssd import reference
+from hydra_lab.ops.ssd import torch as fast
+from hydra_lab.ops.ssd.output import SSDOutput as SSDOutput
+
+__all__ = ["SSDOutput", "ssd", "ssd_step", "state_passing"]
+
+Backend = Literal["torch", "reference"]
+
+
+def ssd(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    *,
+    D: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: Backend = "torch",
+) -> SSDOutput:
+    """The state-space recurrence `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`, `y_t = h_t C_t + D x_t`.
+
+    Source: Dao and Gu 2024 (arXiv 2405.21060), section 6. A position with `dt = 0` leaves the state untouched:
+    that is how padding is expressed.
+
+    Args:
+        x_BLHP: [B, L, H, P] inputs, L >= 1.
+        dt_BLH: [B, L, H] step sizes, after softplus (not negative).
+        A_H: [H] continuous-time decay rates, negative.
+        B_BLGN: [B, L, G, N] input projections; head h belongs to group `h // (H / G)`.
+        C_BLGN: [B, L, G, N] output projections.
+        D: [H] skip weights, or None for no skip.
+        log_decay: [B, L, H] logarithm of what is kept of the state at each position, in place of `dt * A`: this is
+            how an edited decay enters. None for `dt * A`.
+        initial_state: [B, H, P, N] state before the first position, or None for zeros.
+        chunk_size: positions computed in parallel; it changes the speed and the chunks of `chunk_states`, not `y`.
+        backend: "torch" (chunked) or "reference" (one position after another).
+
+    Returns:
+        Outputs `y` in the dtype of `x_BLHP`, and the states in float32 (float64 if an input is).
+
+    Raises:
+        ValueError: shapes that do not fit, H not a multiple of G, chunk_size < 1, or an unknown backend.
+    """
+    check_shape("x_BLHP", x_BLHP, (None, None, None, None), "[B, L, H, P]")
+    rows, length, heads, head_dim = x_BLHP.shape
+    check_shape("B_BLGN", B_BLGN, (rows, length, None, None), "[B, L, G, N]")
+    groups, state_dim = B_BLGN.shape[2:]
+    check_shape("C_BLGN", C_BLGN, (rows, length, groups, state_dim), "[B, L, G, N]")
+    check_shape("dt_BLH", dt_BLH, (rows, length, heads), "[B, L, H]")
+    _check_heads(A_H, D, initial_state, rows, heads, groups, head_dim, state_dim)
+    if log_decay is not None:
+        check_shape("log_decay", log_decay, (rows, length, heads), "[B, L, H]")
+    if length < 1:
+        raise ValueError(f"x_BLHP must have at least one position, got shape {list(x_BLHP.shape)}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if backend == "torch":
+        return fast.ssd(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, log_decay, initial_state, chunk_size)
+    if backend == "reference":
+        return reference.ssd(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, log_decay, initial_state, chunk_size)
+    raise unknown_backend(backend)
+
+
+def ssd_step(
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_H: Tensor,
+    B_BGN: Tensor,
+    C_BGN: Tensor,
+    state: Tensor,
+    *,
+    D: Tensor | None = None,
+    backend: Backend = "torch",
+) -> tuple[Tensor, Tensor]:
+    """One step of `ssd`: what decoding runs for each token.
+
+    Args:
+        x_BHP: [B, H, P] input.
+        dt_BH: [B, H] step sizes, after softplus.
+        A_H: [H] decay rates, negative.
+        B_BGN: [B, G, N] input projection.
+        C_BGN: [B, G, N] output projection.
+        state: [B, H, P, N] state before the step; it is not changed.
+        D: [H] skip weights, or None.
+        backend: "torch" or "reference".
+
+    Returns:
+        (y [B, H, P] in the dtype of `x_BHP`, the new state [B, H, P, N]).
+
+    Raises:
+        ValueError: shapes that do not fit, H not a multiple of G, or an unknown backend.
+    """
+    check_shape("x_BHP", x_BHP, (None, None, None), "[B, H, P]")
+    rows, heads, head_dim = x_BHP.shape
+    check_shape("B_BGN", B_BGN, (rows, None, None), "[B, G, N]")
+    groups, state_dim = B_BGN.shape[1:]
+    check_shape("C_BGN", C_BGN, (rows, groups, state_dim), "[B, G, N]")
+    check_shape("dt_BH", dt_BH, (rows, heads), "[B, H]")
+    _check_heads(A_H, D, state, rows, heads, groups, head_dim, state_dim, state_name="state")
+    if backend == "torch":
+        return fast.ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, state, D)
+    if backend == "reference":
+        return reference.ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, state, D)
+    raise unknown_backend(backend)
+
+
+def state_passing(
+    update_BCHM: Tensor, log_decay_BCH: Tensor, initial_BHM: Tensor, *, backend: Backend = "torch"
+) -> tuple[Tensor, Tensor]:
+    """The recurrence over chunks `M_{c+1} = exp(log_decay_c) M_c + update_c`.
+
+    Args:
+        update_BCHM: [B, C, H, M] what each chunk adds, C >= 1.
+        log_decay_BCH: [B, C, H] logarithm of what is kept over each chunk, at most 0.
+        initial_BHM: [B, H, M] the value that enters the first chunk.
+        backend: "torch" (parallel within groups of chunks) or "reference" (one chunk after another).
+
+    Returns:
+        (entering [B, C, H, M], the value that each chunk starts from; final [B, H, M], the one after the last).
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown backend.
+    """
+    check_shape("update_BCHM", update_BCHM, (None, None, None, None), "[B, C, H, M]")
+    rows, chunks, heads, values = update_BCHM.shape
+    check_shape("log_decay_BCH", log_decay_BCH, (rows, chunks, heads), "[B, C, H]")
+    check_shape("initial_BHM", initial_BHM, (rows, heads, values), "[B, H, M]")
+    if chunks < 1:
+        raise ValueError(f"update_BCHM must have at least one chunk, got shape {list(update_BCHM.shape)}")
+    if backend == "torch":
+        return fast.state_passing(update_BCHM, log_decay_BCH, initial_BHM)
+    if backend == "reference":
+        return reference.state_passing(update_BCHM, log_decay_BCH, initial_BHM)
+    raise unknown_backend(backend)
+
+
+def _check_heads(
+    A_H: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    rows: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    state_dim: int,
+    *,
+    state_name: str = "initial_state",
+) -> None:
+    check_shape("A_H", A_H, (heads,), "[H]")
+    if D is not None:
+        check_shape("D", D, (heads,), "[H]")
+    if state is not None:
+        check_shape(state_name, state, (rows, heads, head_dim, state_dim), "[B, H, P, N]")
+    if groups < 1 or heads % groups != 0:
+        raise ValueError(
+            f"the number of heads must be a multiple of the number of groups, got {heads} and {groups}"
+        )
