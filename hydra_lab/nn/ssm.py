@@ -1,0 +1,144 @@
+"""The state-space path: Mamba-2's mixer (arXiv 2405.21060) with the names and meaning of its published weights."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from hydra_lab.chunks import ChunkGrid, Span
+from hydra_lab.config import HydraConfig
+from hydra_lab.nn.layers import GatedRMSNorm
+from hydra_lab.ops.causal_conv import causal_conv
+from hydra_lab.ops.ssd import SSDOutput, ssd
+from hydra_lab.taps import StateSummary, Tap
+
+
+class SSMState(NamedTuple):
+    """What the path keeps of earlier tokens.
+
+    Attributes:
+        conv: [B, channels, W-1] last inputs of the convolution.
+        state: [B, H, P, N] fp32 state of every head.
+    """
+
+    conv: Tensor
+    state: Tensor
+
+
+class SSMPath(nn.Module):
+    """Mamba-2 mixer.
+
+    `[z, xBC, dt] = in_proj(h)`; `x, B, C = silu(conv(xBC))`; `S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T`;
+    `out_proj(norm((S_t C_t + D x_t) * silu(z_t)))`. State dicts of mamba_ssm's `Mamba2` and of transformers'
+    `Mamba2Mixer` load unchanged.
+    """
+
+    def __init__(self, config: HydraConfig) -> None:
+        super().__init__()
+        self.inner_size = config.ssm_inner_size
+        self.num_heads = config.ssm_num_heads
+        self.head_dim = config.ssm_head_dim
+        self.num_groups = config.ssm_num_groups
+        self.state_size = config.ssm_state_size
+        self.chunk_size = config.ssm_chunk_size
+        channels = self.inner_size + 2 * self.num_groups * self.state_size
+        self.in_proj = nn.Linear(config.hidden_size, self.inner_size + channels + self.num_heads, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, config.ssm_conv_kernel, groups=channels)
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.ones(self.num_heads))
+        self.norm = GatedRMSNorm(self.inner_size, self.num_groups, config.norm_eps)
+        self.out_proj = nn.Linear(self.inner_size, config.hidden_size, bias=False)
+        self.state = Tap()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start decays and step sizes as Mamba-2 does: A uniform in [1, 16], dt log-uniform in [0.001, 0.1]."""
+        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1, 16).log())
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        init.ones_(self.D)
+        init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
+        assert self.conv1d.bias is not None
+        init.zeros_(self.conv1d.bias)
+
+    def forward(self, hidden_BLD: Tensor, span: Span, state: SSMState | None) -> tuple[Tensor, SSMState]:
+        z, channels, dt = self.in_proj(hidden_BLD).split(
+            [self.inner_size, self.conv1d.in_channels, self.num_heads], dim=-1
+        )
+        channels, conv_state = causal_conv(
+            channels,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            initial_state=None if state is None else state.conv,
+            length=span.length,
+            activation="silu",
+        )
+        group_size = self.num_groups * self.state_size
+        x, B, C = torch.split(channels, [self.inner_size, group_size, group_size], dim=-1)
+        x_BLHP = torch.unflatten(x, -1, (self.num_heads, self.head_dim))
+        B_BLGN = torch.unflatten(B, -1, (self.num_groups, self.state_size))
+        C_BLGN = torch.unflatten(C, -1, (self.num_groups, self.state_size))
+        dt_BLH = F.softplus(dt.float() + self.dt_bias.float())
+        if span.valid_BL is not None:
+            dt_BLH = dt_BLH * span.valid_BL[..., None]  # dt = 0 leaves the state as it is
+        A_H = -torch.exp(self.A_log.float())
+
+        grid = ChunkGrid(span, self.chunk_size, hidden_BLD.shape[0], hidden_BLD.device)
+        inputs = (x_BLHP, dt_BLH, B_BLGN, C_BLGN)
+        initial = None if state is None else state.state
+        scan = self._scan(grid, inputs, A_H, dt_BLH * A_H, initial)
+        measured_BCH = scan.chunk_states.detach().square().sum(dim=(-2, -1)).sqrt()
+        summary = StateSummary(measured_BCH.clone(), dt_BLH * A_H)
+        versions = [None if field.is_inference() else field._version for field in summary]
+        decided: StateSummary = self.state(summary)
+        unwritten = (measured_BCH, dt_BLH * A_H)
+        written = [_was_written(*each) for each in zip(decided, summary, versions, unwritten, strict=True)]
+        if any(written):
+            scale_BCH = decided.norms / measured_BCH.clamp(min=torch.finfo(torch.float32).tiny)
+            boundary_BLH = self._leaving_scale(grid, scale_BCH)
+            scan = self._scan(grid, inputs, A_H, decided.decay + boundary_BLH, initial)
+            scan = scan._replace(final_state=scan.final_state * grid.at_last(scale_BCH)[..., None, None])
+        return self.out_proj(self.norm(scan.y.flatten(-2), z)), SSMState(conv_state, scan.final_state)
+
+    def _scan(
+        self,
+        grid: ChunkGrid,
+        inputs: tuple[Tensor, ...],
+        A_H: Tensor,
+        log_decay: Tensor,
+        initial: Tensor | None,
+    ) -> SSDOutput:
+        """The recurrence over the piece, in chunks that lie on the grid."""
+        aligned = grid.offset_B is None or grid.span.size == 1
+        inputs = (*inputs, log_decay)
+        if not aligned:
+            inputs = tuple(grid.to_grid(tensor).flatten(1, 2) for tensor in inputs)
+        x, dt, B, C, log_decay = inputs
+        out = ssd(
+            x, dt, A_H, B, C, D=self.D, log_decay=log_decay, initial_state=initial, chunk_size=self.chunk_size
+        )
+        if aligned:
+            return out
+        cells = torch.unflatten(out.y, 1, (grid.num_chunks, self.chunk_size))
+        return out._replace(y=grid.from_grid(cells))
+
+    def _leaving_scale(self, grid: ChunkGrid, scale_BCH: Tensor) -> Tensor:
+        """[B, L, H] log factor that a written norm adds to the decay: the state that leaves chunk c is multiplied by
+        `scale[:, c]` (the written norm over the measured one) at the first token of chunk c + 1, and stays so."""
+        chunk_BL = grid.chunk_of_BL.expand(scale_BCH.shape[0], -1)
+        enters_BL = torch.zeros_like(chunk_BL, dtype=torch.bool)
+        enters_BL[:, 1:] = chunk_BL[:, 1:] != chunk_BL[:, :-1]
+        log_scale_BCH = scale_BCH.clamp(min=torch.finfo(torch.float32).tiny).log()
+        log_scale_BLH = grid.to_tokens(torch.roll(log_scale_BCH, 1, dims=1))
+        return log_scale_BLH * enters_BL[..., None]
+
+
+def _was_written(new: Tensor, old: Tensor, version: int | None, unwritten: Tensor) -> bool:
+    """Whether a tap gave back something else than it was given: another tensor, or this one written in place."""
+    if version is None:  # tensors made in inference mode do not count the writes into them
+        return not torch.equal(new, unwritten)
+    return new is not old or new._version != version
