@@ -1,0 +1,189 @@
+"""How every figure looks: colours that colour-blind readers tell apart, a light and a dark template, titles
+that say what is averaged over how many samples, and the use of the path that a figure speaks of.
+
+The templates belong to the figures themselves, so a notebook's or Streamlit's default template does not
+change them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import plotly.graph_objects as go
+
+from hydra_lab.path_use import PathUse
+
+Theme = Literal["light", "dark"]
+
+# Okabe & Ito (2008), ordered so that neighbours differ most; their black is the text colour of the theme.
+_OKABE_ITO = {
+    "light": ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"),
+    "dark": ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442"),
+}
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
+PATTERNS = ("", "/", ".", "x", "\\", "-", "|", "+")
+MAGNITUDE = "Viridis"
+DIVERGING = "RdBu_r"
+"""Blue below a true zero, red above it."""
+
+_TEXT = {"light": "#1b1f24", "dark": "#e8eaed"}
+_MUTED = {"light": "#57606a", "dark": "#a9b1ba"}
+_PAPER = {"light": "#ffffff", "dark": "#0e1117"}
+_GRID = {"light": "#e3e6ea", "dark": "#2b313b"}
+_WARNING = {"light": "#b34700", "dark": "#ff9d5c"}
+_LINE_HEIGHT = 16  # pixels of a line below the title
+
+
+def colours(count: int, theme: Theme = "light") -> list[str]:
+    """`count` category colours: Okabe-Ito with the theme's text colour as the eighth, then again from the
+    start (give each category a symbol, pattern or label too)."""
+    _check(theme)
+    palette = (*_OKABE_ITO[theme], text_colour(theme))
+    return [palette[i % len(palette)] for i in range(count)]
+
+
+def hatching(index: int, theme: Theme) -> dict[str, Any]:
+    """Pattern of the `index`-th category's bars, drawn over their colour."""
+    return {
+        "shape": PATTERNS[index % len(PATTERNS)],
+        "fillmode": "overlay",
+        "fgcolor": paper_colour(theme),
+        "fgopacity": 0.55,
+        "solidity": 0.18,
+        "size": 7,
+    }
+
+
+def text_colour(theme: Theme) -> str:
+    """Colour of text on the theme's paper."""
+    _check(theme)
+    return _TEXT[theme]
+
+
+def muted_colour(theme: Theme) -> str:
+    """Colour of references and remarks on the theme's paper."""
+    _check(theme)
+    return _MUTED[theme]
+
+
+def paper_colour(theme: Theme) -> str:
+    """Background of the theme's figures."""
+    _check(theme)
+    return _PAPER[theme]
+
+
+def template(theme: Theme) -> go.layout.Template:
+    """The figures' own plotly template."""
+    _check(theme)
+    axis = {
+        "gridcolor": _GRID[theme],
+        "linecolor": _MUTED[theme],
+        "zerolinecolor": _GRID[theme],
+        "ticks": "outside",
+        "tickcolor": _MUTED[theme],
+        "title": {"standoff": 8},
+        "automargin": True,
+    }
+    colorbar = {
+        "outlinewidth": 0,
+        "thickness": 14,
+        "ticks": "outside",
+        "title": {"side": "top", "font": {"size": 12}},
+    }
+    return go.layout.Template(
+        layout={
+            "paper_bgcolor": _PAPER[theme],
+            "plot_bgcolor": _PAPER[theme],
+            "font": {"family": "Inter, Helvetica, Arial, sans-serif", "size": 13, "color": _TEXT[theme]},
+            "title": {
+                "x": 0.0,
+                "xref": "paper",
+                "xanchor": "left",
+                "font": {"size": 12, "color": _MUTED[theme]},
+            },
+            "colorway": colours(8, theme),
+            "xaxis": axis,
+            "yaxis": axis,
+            "coloraxis": {"colorbar": colorbar, "colorscale": MAGNITUDE},
+            "colorscale": {"sequential": MAGNITUDE, "diverging": DIVERGING},
+            "legend": {"orientation": "v", "yanchor": "top", "y": 1.0, "xanchor": "left", "x": 1.02},
+            "hoverlabel": {"font": {"size": 12}},
+            "margin": {"l": 60, "r": 30, "b": 55},
+        },
+        data={"heatmap": [go.Heatmap(colorbar=colorbar)]},
+    )
+
+
+def finish(
+    figure: go.Figure,
+    *,
+    title: str,
+    subtitle: str,
+    theme: Theme,
+    path: str | None = None,
+    layer: int | None = None,
+    path_use: PathUse | None = None,
+    height: int | None = None,
+) -> go.Figure:
+    """Give `figure` its template, title and subtitle, and say how much the model uses the path it speaks of.
+
+    Args:
+        title: what is shown.
+        subtitle: what it is a mean of, and the sample size; may break lines with <br>.
+        path: the path whose decisions are shown; None for figures that speak of no path.
+        layer: the block, where the figure shows one.
+        path_use: measured path use; without it the figure says that it was not measured.
+    """
+    lines = [subtitle]
+    if path is not None:
+        lines.append(path_use_line(path, layer, path_use, theme))
+    remarks = "<br>".join(lines)
+    top = 50 + _LINE_HEIGHT * (remarks.count("<br>") + 1) + (22 if figure["layout"]["annotations"] else 8)
+    heading = f'<span style="font-size:17px;color:{text_colour(theme)}">{title}</span>'
+    figure.update_layout(
+        template=template(theme),
+        title={
+            "text": f"{heading}<br>{remarks}",
+            "yref": "container",
+            "y": 1.0,
+            "yanchor": "top",
+            "pad": {"t": 24},
+        },
+        margin={"t": top},
+    )
+    if height is not None:
+        figure.update_layout(height=height + top)
+    return figure
+
+
+def path_use_line(path: str, layer: int | None, path_use: PathUse | None, theme: Theme) -> str:
+    """The line of a subtitle that says how much the model uses a path; coloured as a warning where it is
+    idle."""
+    if path_use is None:
+        return f"use of the {path} path: not measured"
+    text = path_use.describe(path, layer)
+    if path_use.is_idle(path, layer):
+        return f'<span style="color:{_WARNING[theme]}"><b>{text}</b></span>'
+    return text
+
+
+def block_labels(layers: Sequence[int], path: str, path_use: PathUse | None) -> list[str]:
+    """Axis labels of blocks; with path use, each with the path's share of the block's update, and "idle"
+    where it is."""
+    if path_use is None:
+        return [f"block {layer}" for layer in layers]
+    labels: list[str] = []
+    for layer in layers:
+        share = 100 * path_use.share_of(path, layer)
+        idle = ", idle" if path_use.is_idle(path, layer) else ""
+        labels.append(f"block {layer} ({share:.0f}% of update{idle})")
+    return labels
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun and thousands separators: "1 sample", "1,024 samples"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _check(theme: str) -> None:
+    if theme not in _TEXT:
+        raise ValueError(f"theme {theme!r} is not one of {', '.join(_TEXT)}")

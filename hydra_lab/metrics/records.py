@@ -1,0 +1,177 @@
+"""The records that the metrics read, taken from a capture: on disk (`hydra_lab.open_capture`) or of one batch
+(`hydra_lab.capture.in_memory.capture_batch`).
+
+Only the arrays that a record needs are read, for one block where the record speaks of one, in the width in
+which they are stored.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from hydra_lab.metrics.arrays import IntArray
+from hydra_lab.metrics.attention import SelectionRecord
+from hydra_lab.metrics.memory import LookupRecord
+from hydra_lab.metrics.routing import RoutingRecord
+from hydra_lab.metrics.ssm import StateRecord
+from hydra_lab.metrics.workspace import WorkspaceRecord
+from hydra_lab.path_use import PathUse
+
+Rows = slice | Sequence[int] | NDArray[np.integer[Any]]
+"""Which samples to read."""
+
+ALL = slice(None)
+
+
+class CaptureLike(Protocol):
+    """What the functions below need of a capture."""
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """With `config`, the model's configuration as a dict."""
+        ...
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domain label of each sample."""
+        ...
+
+    def __getitem__(self, group: str, /) -> xr.Dataset:
+        """One group (see `hydra_lab.capture.layout`)."""
+        ...
+
+
+def layers_of(capture: CaptureLike, group: str) -> tuple[int, ...]:
+    """The blocks that a group was captured in."""
+    return tuple(int(layer) for layer in capture[group]["layer"].to_numpy())
+
+
+def routing_record(capture: CaptureLike, *, samples: Rows = ALL, weights: bool = True) -> RoutingRecord:
+    """Routing of all blocks with experts.
+
+    Args:
+        samples: which samples; all unless given.
+        weights: whether to read the token weights too (they are larger by far than the choices).
+    """
+    group = capture["routing"].isel(sample=samples)
+    return RoutingRecord(
+        layers=layers_of(capture, "routing"),
+        experts=_array(group, "experts", "layer", "sample", "chunk", "rank").astype(np.int64),
+        num_experts=int(capture.attributes["config"]["moe_num_experts"]),
+        chunk_size=int(group.attrs["chunk_size"]),
+        length=_length(capture, samples),
+        domains=_domains(capture, samples),
+        weights=_array(group, "weights", "layer", "sample", "position", "rank") if weights else None,
+    )
+
+
+def lookup_record(capture: CaptureLike, layer: int, *, samples: Rows = ALL) -> LookupRecord:
+    """Memory lookups of block `layer`."""
+    group = _block(capture, "memory", layer, samples)
+    n1, n2 = capture.attributes["config"]["memory_num_keys"]
+    return LookupRecord(
+        layer=layer,
+        addresses=_array(group, "addresses", "sample", "position", "head", "k"),
+        weights=_array(group, "weights", "sample", "position", "head", "k"),
+        gate=_array(group, "gate", "sample", "position"),
+        tokens=_array(capture["tokens"].isel(sample=samples), "token", "sample", "position"),
+        length=_length(capture, samples),
+        domains=_domains(capture, samples),
+        num_keys=(int(n1), int(n2)),
+    )
+
+
+def workspace_record(capture: CaptureLike, layer: int, *, samples: Rows = ALL) -> WorkspaceRecord:
+    """Workspace reads and writes of block `layer`."""
+    group = _block(capture, "workspace", layer, samples)
+    return WorkspaceRecord(
+        layer=layer,
+        read_address=_array(group, "read_address", "sample", "position", "slot"),
+        read_gate=_array(group, "read_gate", "sample", "position"),
+        write_gate=_array(group, "write_gate", "sample", "chunk", "slot"),
+        length=_length(capture, samples),
+        chunk_size=int(group.attrs["chunk_size"]),
+    )
+
+
+def state_record(capture: CaptureLike, layer: int, *, samples: Rows = ALL) -> StateRecord:
+    """State norms and decays of block `layer`."""
+    group = _block(capture, "ssm", layer, samples)
+    return StateRecord(
+        layer=layer,
+        norms=_array(group, "norms", "sample", "chunk", "head"),
+        decay=_array(group, "decay", "sample", "position", "head"),
+        length=_length(capture, samples),
+        chunk_size=int(group.attrs["chunk_size"]),
+    )
+
+
+def selection_record(capture: CaptureLike, layer: int, *, samples: Rows = ALL) -> SelectionRecord:
+    """Block selections of the attention of block `layer`."""
+    group = _block(capture, "attention", layer, samples)
+    config = capture.attributes["config"]
+    return SelectionRecord(
+        layer=layer,
+        blocks=_array(group, "blocks", "sample", "position", "head", "k"),
+        length=_length(capture, samples),
+        window=int(config["attention_window"]),
+        block_size=int(config["attention_block_size"]),
+        tiled=config["attention_selection"] == "tile",
+    )
+
+
+def captured_path_use(capture: CaptureLike, *, samples: Rows = ALL) -> PathUse:
+    """Share and cosine of every path over the captured tokens; a capture does not know what cutting a path
+    costs."""
+    group = capture["paths"].isel(sample=samples)
+    paths = tuple(str(path) for path in group["path"].to_numpy())
+    weight_N = _length(capture, samples).astype(np.float64)
+    means: list[NDArray[np.float64]] = []
+    for name in ("share", "cosine"):
+        values = _array(group, name, "sample", "layer", "path").astype(np.float64)
+        known = ~np.isnan(values)
+        weight = known * weight_N[:, None, None]
+        total = weight.sum(axis=0)
+        mean = np.full(total.shape, np.nan)
+        np.divide((np.where(known, values, 0.0) * weight).sum(axis=0), total, out=mean, where=total > 0)
+        means.append(mean)
+    share, cosine = means
+    present = ~np.isnan(share).all(axis=0)
+    kept = np.flatnonzero(present)
+    none = np.zeros((len(kept), 0))
+    return PathUse(
+        layers=layers_of(capture, "paths"),
+        paths=tuple(paths[p] for p in kept),
+        share=share[:, kept],
+        cosine=cosine[:, kept],
+        domains=(),
+        loss=np.zeros(0),
+        loss_increase=none,
+        loss_increase_error=none,
+        num_samples=np.zeros(0, dtype=np.int64),
+        num_tokens=np.zeros(0, dtype=np.int64),
+    )
+
+
+def _block(capture: CaptureLike, group: str, layer: int, samples: Rows) -> xr.Dataset:
+    layers = layers_of(capture, group)
+    if layer not in layers:
+        raise ValueError(f"block {layer} has no {group}; blocks {', '.join(map(str, layers))} have")
+    return capture[group].isel(sample=samples, layer=layers.index(layer))
+
+
+def _array(group: xr.Dataset, name: str, *dims: str) -> NDArray[Any]:
+    return group[name].transpose(*dims).to_numpy()
+
+
+def _length(capture: CaptureLike, samples: Rows) -> IntArray:
+    return _array(capture["tokens"].isel(sample=samples), "length", "sample").astype(np.int64)
+
+
+def _domains(capture: CaptureLike, samples: Rows) -> tuple[str, ...]:
+    if isinstance(samples, slice):
+        return capture.domains[samples]
+    return tuple(capture.domains[row] for row in samples)

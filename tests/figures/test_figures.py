@@ -1,0 +1,129 @@
+"""Every figure: labelled axes, sample size, path use, both themes, and the numbers of its result."""
+
+import json
+import re
+import shutil
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io
+import pytest
+
+from hydra_lab import figures, metrics
+
+_spec = spec_from_file_location("figure_samples", Path(__file__).with_name("samples.py"))
+assert _spec is not None and _spec.loader is not None
+samples = module_from_spec(_spec)
+_spec.loader.exec_module(samples)
+MAKERS = samples.makers()
+USE = samples.path_use()
+
+
+def title_of(figure: go.Figure) -> str:
+    return re.sub(r"<[^>]+>", " ", figure.to_dict()["layout"]["title"]["text"])
+
+
+def traces(figure: Any) -> list[dict[str, Any]]:
+    return [trace.to_plotly_json() for trace in figure.data]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_figure_follows_the_rules(name: str, theme: str) -> None:
+    figure = MAKERS[name](theme=theme, path_use=USE)
+    layout = figure.to_dict()["layout"]
+    axes = {key: value for key, value in layout.items() if re.fullmatch(r"[xy]axis\d*", key)}
+    assert any(axis.get("title", {}).get("text") for key, axis in axes.items() if key.startswith("x"))
+    title = title_of(figure)
+    assert re.search(r"\d[\d,]* (sample|scored token|token|chunk)", title), title  # the sample size
+    paper = layout["template"]["layout"]["paper_bgcolor"]
+    assert paper == ("#ffffff" if theme == "light" else "#0e1117")
+    assert "updatemenus" not in layout and not figure.frames  # nothing plays by itself
+    if name != "path_use":
+        assert "nats/token" in title  # the path's use stands in the figure
+        assert "not measured" in title_of(MAKERS[name](theme=theme))
+    figure.to_json()
+
+
+def test_an_idle_path_is_called_idle() -> None:
+    assert "IDLE PATH" in title_of(MAKERS["memory_use"](path_use=USE))
+    assert "IDLE PATH" not in title_of(MAKERS["slot_reads"](path_use=USE))
+    load = MAKERS["expert_load"](path_use=USE)
+    assert [("idle" in label) for label in traces(load)[0]["y"]] == [False, False, True]
+
+
+def test_the_default_template_does_not_matter() -> None:
+    before = MAKERS["expert_load"]().to_json()
+    kept = plotly.io.templates.default
+    try:
+        plotly.io.templates.default = "ggplot2"
+        assert MAKERS["expert_load"]().to_json() == before
+    finally:
+        plotly.io.templates.default = kept
+
+
+def test_figures_show_the_numbers_of_their_results() -> None:
+    load = metrics.expert_load(samples.routing())
+    heat = traces(figures.expert_load(load))[0]
+    np.testing.assert_allclose(heat["z"], 100 * load.share)
+    assert heat["text"][1][7] == "dead"
+    use = traces(figures.path_use(USE))
+    assert use[2]["name"] == "moe" and use[4]["name"] == "memory (idle)"
+    np.testing.assert_allclose(use[2]["x"], [45, 28, 2])
+    assert list(use[2]["y"]) == ["block 0", "block 2", "block 4"]
+    assert use[-1]["text"][4][0] == "0.00"
+    life = metrics.half_life(samples.states())
+    np.testing.assert_allclose(traces(figures.half_life(life))[0]["y"], life.half_life)
+
+
+def test_a_large_memory_map_is_small_in_a_browser() -> None:
+    rng = np.random.default_rng(0)
+    level = rng.integers(0, 256, size=(512, 512)).astype(np.uint8)
+    figure = figures.memory_map(metrics.MemoryMap(0, level, 1e5, (2, 2), (1024, 1024), 1000, 10))
+    assert len(str(figure.to_json())) < 500_000
+    assert "one cell sums 2 x 2 rows" in title_of(figure)
+
+
+def test_infinite_half_lives_are_counted_instead_of_drawn() -> None:
+    result = metrics.HalfLife(0, np.array([3.0, np.inf]), np.array([[2.0, 5.0], [np.inf, np.inf]]), 10, 1)
+    figure = figures.half_life(result)
+    assert list(traces(figure)[0]["x"]) == [0] and "1 head that never decays not drawn" in title_of(figure)
+
+
+def test_tokens_are_shown_as_text_not_as_markup() -> None:
+    record = samples.lookups((4, 4))
+    top = metrics.top_tokens(record, int(np.argmax(record.mass())), 2)
+    labels = traces(figures.top_tokens(top, ["<b>\n", " a&"]))[0]["y"]
+    assert labels[0].startswith("&lt;b>⏎") and labels[1].startswith("␣a&amp;")
+    with pytest.raises(ValueError, match="1 labels for 2 tokens"):
+        figures.top_tokens(top, ["x"])
+
+
+def test_unknown_theme() -> None:
+    with pytest.raises(ValueError, match="theme 'sepia' is not one of light, dark"):
+        figures.template("sepia")  # pyright: ignore[reportArgumentType]
+
+
+def test_html_needs_no_network(tmp_path: Path) -> None:
+    paths = figures.write_html({"load": MAKERS["expert_load"]()}, tmp_path)
+    text = paths["load"].read_text(encoding="utf-8")
+    assert 'src="plotly.min.js"' in text and (tmp_path / "plotly.min.js").is_file()
+    assert not re.search(r'src="https?:', text)
+    assert json.dumps("Expert load")[1:-1] in text
+
+
+def test_png_files_are_drawn_where_there_is_a_browser(tmp_path: Path) -> None:
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))):
+        pytest.skip("no Chromium on this machine to draw PNG files with")
+    made = figures.write_png({"load": MAKERS["expert_load"]()}, tmp_path, width=600, scale=1.0)
+    assert made["load"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_browser_the_error_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "no-such-browser"))
+    with pytest.raises(figures.NoBrowserError, match="BROWSER_PATH"):
+        figures.write_png({"load": MAKERS["expert_load"]()}, tmp_path)
+    assert not list(tmp_path.glob("*.png"))
