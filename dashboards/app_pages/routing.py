@@ -1,0 +1,58 @@
+"""Routing: what the experts of a capture are used for."""
+
+import numpy as np
+import streamlit as st
+from numpy.typing import NDArray
+
+from dashboards.shared.charts import chart, theme
+from dashboards.shared.view import OpenCapture, current_capture, describe_capture, fragment, has_group
+from hydra_lab import metrics
+from hydra_lab.capture import open_capture
+from hydra_lab.figures import routing as figures
+
+VIEWS = {
+    "Load": ("expert_load",),
+    "Domains": ("expert_by_domain",),
+    "Position": ("expert_by_chunk", "expert_by_position"),
+    "Pairs": ("co_activation",),
+    "Switching": ("switch_rate",),
+}
+
+
+@st.cache_data(max_entries=64, show_spinner="Reading the routing …")
+def result(key: tuple[str, str, int], name: str, rows: NDArray[np.int64]) -> object:
+    """The metric `name` of the samples `rows`."""
+    record = metrics.routing_record(open_capture(key[0]), samples=rows, weights=name == "expert_by_position")
+    return getattr(metrics, name)(record)
+
+
+@fragment
+def show(opened: OpenCapture) -> None:
+    left, right = st.columns([2, 3], vertical_alignment="bottom")
+    with left:
+        view = st.segmented_control(
+            "Show", list(VIEWS), default="Load", required=True, key="show", bind="query-params"
+        )
+    with right:
+        domains = st.pills(
+            "Domains", opened.domains, selection_mode="multi", key="domains", bind="query-params",
+            help="None chosen: all of them.",
+        )  # fmt: skip
+    assert view is not None
+    labels = opened.capture.domains
+    rows = opened.rows
+    if domains:
+        rows = np.array([row for row in rows if labels[row] in domains], dtype=np.int64)
+    if len(rows) == 0:
+        st.info("None of the samples that are read has these domains: choose others.")
+        return
+    for name in VIEWS[view]:
+        figure = getattr(figures, name)
+        chart(figure(result(opened.key, name, rows), path_use=opened.path_use, theme=theme()), name)
+
+
+st.title("Routing")
+opened = current_capture()
+describe_capture(opened)
+if has_group(opened, "routing", "moe"):
+    show(opened)

@@ -1,0 +1,155 @@
+"""Start: what is loaded, where its parameters and compute sit, and which of its paths it uses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from dashboards.shared.charts import chart, theme
+from dashboards.shared.sample_capture import show_progress
+from dashboards.shared.sources import LoadedModel
+from dashboards.shared.view import current_job, current_model, current_view, fragment
+from hydra_lab.accounting import flops_per_token, parameter_table, state_bytes
+from hydra_lab.capture import open_capture
+from hydra_lab.figures.accounting import flops, parameters
+from hydra_lab.figures.path_use import path_use
+from hydra_lab.taps import PATHS
+
+CONTEXTS = (1024, 8192, 65536)
+WHAT_PATHS_DO = {
+    "ssm": "a state of fixed size, carried from token to token (Mamba-2)",
+    "attention": "the recent window, the first block and a few selected earlier blocks",
+    "moe": "experts, chosen once for each chunk of tokens",
+    "workspace": "slots that every chunk writes and later tokens read",
+    "memory": "a table of learned values, read by product keys",
+}
+
+
+def show_model(loaded: LoadedModel) -> None:
+    config = loaded.model.config
+    table = parameter_table(config)
+    st.markdown(f"**{loaded.name}** is a Hydra language model, read from `{loaded.directory}`.")
+    numbers = {
+        "parameters": f"{table.total / 1e6:,.2f} M",
+        "active per token": f"{table.active / 1e6:,.2f} M",
+        "blocks": str(config.num_hidden_layers),
+        "width": str(config.hidden_size),
+        "vocabulary": f"{config.vocab_size:,}",
+    }
+    with st.container(horizontal=True, gap="medium"):
+        for label, value in numbers.items():
+            st.metric(label, value, width="content")
+    rows = [
+        {
+            "path": path,
+            "blocks": ", ".join(map(str, config.layers_with(path))),
+            "what it is": WHAT_PATHS_DO[path],
+        }
+        for path in PATHS
+        if config.layers_with(path)
+    ]
+    st.table(rows, hide_index=True, border="horizontal")
+    left, right = st.columns(2)
+    with left:
+        chart(parameters(table, theme=theme()), "parameters")
+    with right:
+        show_compute(config)
+
+
+@fragment
+def show_compute(config: Any) -> None:
+    context = st.segmented_control(
+        "Context", CONTEXTS, default=CONTEXTS[0], required=True, format_func="{:,} tokens".format, key="context",
+        bind="query-params",
+    )  # fmt: skip
+    assert context is not None
+    chart(flops(flops_per_token(config, context), theme=theme()), "flops")
+    state = state_bytes(config, context)
+    parts = ", ".join(f"{path} {size / 1024:,.0f} KiB" for path, size in state.by_component().items())
+    st.caption(f"Decoding keeps {state.num_bytes / 1024:,.0f} KiB per sequence (fp32): {parts}.")
+
+
+def show_path_use() -> None:
+    job = current_job()
+    if job.running:
+        show_progress(job)
+    if job.path_use is not None:
+        figure = path_use(job.path_use, theme=theme())
+        chart(figure, "path-use")
+    elif not job.has_texts:
+        st.info(
+            f"Path use is not known for {job.loaded.name}: measure it with `hydra-lab info {job.loaded.name} "
+            "--text FILE --record`."
+        )
+    elif job.error:
+        show_progress(job)
+
+
+def show_training(directory: Path) -> None:
+    training, evaluation = (_read(directory / name) for name in ("training.json", "evaluation.json"))
+    if training is not None:
+        st.subheader("How it was trained")
+        st.markdown(
+            f"{training['steps']:,} steps on {training['tokens'] / 1e6:,.1f} M tokens, seed {training['seed']}:"
+        )
+        st.code(training["command"], language="bash")
+    if evaluation is not None:
+        st.subheader("What it can do, on held-out text")
+        left, right = st.columns(2)
+        left.table(
+            [
+                {
+                    "domain": row["domain"],
+                    "bits per byte": f"{row['bits_per_byte']:.3f}",
+                    "bytes": f"{row['num_bytes']:,}",
+                }
+                for row in evaluation["domains"]
+            ],
+            hide_index=True,
+            border="horizontal",
+        )
+        right.table(
+            [
+                {
+                    "questions": f"{row['task']}: {row['group']}",
+                    "right": f"{row['accuracy']:.1%}",
+                    "chance": f"{row['chance']:.1%}",
+                    "n": f"{row['num_questions']:,}",
+                }
+                for row in evaluation["answers"]
+            ],
+            hide_index=True,
+            border="horizontal",
+        )
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+st.title("Hydra lab")
+view = current_view()
+if view.model is not None:
+    loaded = current_model()
+    show_model(loaded)
+    show_path_use()
+    show_training(loaded.directory)
+if view.shown.captures:
+    st.subheader("Captures")
+    opened = [open_capture(path) for path in view.shown.captures]
+    st.table(
+        [
+            {
+                "capture": str(each.path),
+                "made by": each.attributes["model_name"],
+                "tokens": f"{each.num_tokens:,}",
+                "samples": f"{each.num_samples:,}",
+                "holds": ", ".join(each.groups),
+                "complete": "yes" if each.complete else "no",
+            }
+            for each in opened
+        ],
+        hide_index=True,
+        border="horizontal",
+    )

@@ -1,0 +1,68 @@
+"""Drawing figures in the page: the page's own theme, and titles that wrap on a narrow screen."""
+
+import re
+from typing import Any, cast
+
+import plotly.graph_objects as go
+import streamlit as st
+
+from hydra_lab.figures.theme import Theme
+
+_STYLE = """
+<style>
+.figure-title { font-size: 1.02rem; font-weight: 600; line-height: 1.3; margin-bottom: .15rem; }
+.figure-note { font-size: .8rem; line-height: 1.4; opacity: .85; }
+[class*="st-key-wide-"] { overflow-x: auto; }
+[class*="st-key-wide-"] > .stElementContainer:has(.stPlotlyChart) { min-width: 56rem; }
+.stMainBlockContainer { padding-top: 3rem; padding-bottom: 3rem; }
+.tokens { line-height: 2.15; max-height: 25rem; overflow: auto; padding: .7rem .8rem; border-radius: .5rem;
+  border: 1px solid color-mix(in srgb, currentColor 18%, transparent); font-family: ui-monospace, monospace;
+  font-size: .84rem; overflow-wrap: anywhere; }
+.tokens .token { padding: .18rem .05rem; border-radius: .2rem; unicode-bidi: isolate; white-space: pre-wrap; }
+.tokens .chosen { outline: 2px solid currentColor; }
+.tokens .chunk { font-size: .66rem; font-weight: 700; vertical-align: super; margin: 0 .15rem 0 .3rem; opacity: .9;
+  white-space: nowrap; }
+.legend { font-size: .8rem; line-height: 1.9; }
+.legend .key { padding: .1rem .45rem; border-radius: .25rem; margin-right: .35rem; white-space: nowrap; }
+</style>
+"""
+
+
+def style() -> None:
+    """The page's few own styles."""
+    st.html(_STYLE)
+
+
+def theme() -> Theme:
+    """The theme that the browser shows."""
+    return "dark" if st.context.theme.type == "dark" else "light"
+
+
+def chart(figure: go.Figure, key: str, **options: Any) -> Any:
+    """Draw `figure` with its title and notes as text above it, where they wrap.
+
+    Args:
+        key: of the element, unique on the page.
+        options: more options of `st.plotly_chart`, such as `on_select`.
+
+    Returns:
+        what `st.plotly_chart` returns (the selection, where one was asked for).
+    """
+    layout = cast(Any, figure.layout)
+    title, _, notes = layout.title.text.partition("<br>")
+    st.html(f'<div class="figure-title">{title}</div><div class="figure-note">{notes}</div>')
+    top, kept = layout.margin.t or 0, 36 if layout.annotations or layout.legend.yanchor == "bottom" else 14
+    figure.update_layout(title=None, margin_t=kept)
+    if layout.height is not None:
+        figure.update_layout(height=layout.height - top + kept)
+    # Plots beside each other keep a readable width on a narrow screen and are scrolled sideways there.
+    beside_each_other = len({axis.domain for axis in figure.select_xaxes()}) > 1
+    with st.container(key=f"{'wide' if beside_each_other else 'figure'}-{key}"):
+        return st.plotly_chart(
+            figure,
+            theme=None,
+            key=key,
+            config={"displaylogo": False, "displayModeBar": "hover"},
+            alt=re.sub("<[^>]*>", "", title),
+            **options,
+        )

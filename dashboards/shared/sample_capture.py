@@ -1,0 +1,136 @@
+"""The capture and the path use of a model on its own sample texts: made once in the background, then kept on disk."""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import streamlit as st
+
+from dashboards.shared.sources import LoadedModel, cache_directory
+from hydra_lab.capture import capture_files
+from hydra_lab.capture.engine import CaptureProgress
+from hydra_lab.capture.path_use import measure_path_use
+from hydra_lab.data.sample_texts import SAMPLES_FILE, read_sample_texts
+from hydra_lab.path_use import PathUse
+
+RECORDED_PATH_USE = "path_use.json"
+"""Path use that was measured when the model was made, in its directory."""
+
+_SAMPLES_FOR_PATH_USE = 4
+"""Texts per domain on which path use is measured where the model brings no measurement."""
+
+
+class SampleJob:
+    """What is made of a model's sample texts, by one thread for all sessions.
+
+    Attributes:
+        has_texts: whether the model brings sample texts at all.
+        capture: the finished capture; None before.
+        path_use: of the model; None before it is known, and where there are no texts to measure it on.
+        fraction, line: how far the work is.
+        error: one sentence if it failed.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.has_texts = (loaded.directory / SAMPLES_FILE).is_file()
+        self.capture: Path | None = None
+        self.path_use = _read_path_use(loaded.directory / RECORDED_PATH_USE)
+        self.fraction, self.line, self.error = 0.0, "waiting", ""
+        self.thread = threading.Thread(target=self._run, daemon=True, name=f"samples of {loaded.name}")
+        self.thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self.thread.is_alive()
+
+    def _run(self) -> None:
+        if not self.has_texts:
+            return
+        try:
+            folder = cache_directory() / self._key()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._make_capture(folder / "capture.zarr")
+            if self.path_use is None:
+                self._measure_path_use(folder / RECORDED_PATH_USE)
+        except (OSError, ValueError) as error:
+            self.error = str(error)
+        except BaseException:
+            self.error = "an internal error, which the terminal of the server shows"
+            raise
+
+    def _key(self) -> str:
+        texts = hashlib.sha256((self.loaded.directory / SAMPLES_FILE).read_bytes()).hexdigest()
+        return f"{self.loaded.weights_hash[:16]}-{texts[:16]}"
+
+    def _make_capture(self, path: Path) -> None:
+        if not path.exists():
+            # Built under a name of its own and renamed when whole, so that two servers do not meet in one directory.
+            building = path.with_name(f"building-{os.getpid()}.zarr")
+            shutil.rmtree(building, ignore_errors=True)
+            capture_files(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                [self.loaded.directory / SAMPLES_FILE],
+                building,
+                progress=self._note_capture,
+            )
+            if path.exists():
+                shutil.rmtree(building)
+            else:
+                building.rename(path)
+        self.capture = path
+
+    def _note_capture(self, done: CaptureProgress) -> None:
+        self.fraction = done.bytes_read / max(1, done.bytes_total)
+        self.line = f"capturing the sample texts: {done.tokens:,} tokens"
+
+    def _measure_path_use(self, path: Path) -> None:
+        self.path_use = _read_path_use(path)
+        if self.path_use is None:
+            passes = 0
+
+            def note(line: str) -> None:
+                nonlocal passes
+                self.fraction, self.line = passes / 6, line
+                passes += 1
+
+            self.path_use = measure_path_use(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                read_sample_texts(self.loaded.directory),
+                num_samples=_SAMPLES_FOR_PATH_USE,
+                progress=note,
+            )
+            path.write_text(json.dumps(self.path_use.to_dict()), encoding="utf-8")
+
+
+def _read_path_use(path: Path) -> PathUse | None:
+    return PathUse.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def sample_job(loaded: LoadedModel) -> SampleJob:
+    """The job of a model; started by the first caller."""
+    return _job(loaded.weights_hash, str(loaded.directory), loaded)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _job(weights_hash: str, directory: str, _loaded: LoadedModel) -> SampleJob:
+    return SampleJob(_loaded)
+
+
+@st.fragment(run_every=0.5)
+def show_progress(job: SampleJob) -> None:
+    """A progress bar that follows `job`, and one new run of the page when it is done."""
+    if job.running:
+        st.progress(min(1.0, job.fraction), text=f"First start with this model: {job.line}")
+    elif job.error:
+        st.error(
+            f"The sample texts could not be captured: {job.error}. Mend that, or delete {cache_directory()}, and "
+            "start the dashboard again."
+        )
+    else:
+        st.rerun()

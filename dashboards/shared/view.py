@@ -1,0 +1,222 @@
+"""What every page needs to know: which model and capture are on show, and how to say that something is missing."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import numpy as np
+import streamlit as st
+from numpy.typing import NDArray
+
+from dashboards.shared.sample_capture import SampleJob, sample_job, show_progress
+from dashboards.shared.sources import LoadedModel, Shown, loaded_model
+from hydra_lab.capture import open_capture
+from hydra_lab.capture.store import Capture
+from hydra_lab.metrics import captured_path_use
+from hydra_lab.path_use import PathUse
+
+MAX_TOKENS_READ = 400_000
+"""Tokens of a capture that a page reads at most; of a larger one, evenly spaced samples."""
+
+SAMPLES_OF = "sample texts of "
+
+Arguments = ParamSpec("Arguments")
+
+
+def fragment(draw: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """`st.fragment` that turns what a user can mend into one sentence, also when it runs without its page."""
+
+    @st.fragment
+    @wraps(draw)
+    def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        try:
+            draw(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            st.error(str(error), icon=":material/error:")
+
+    return guarded
+
+
+@dataclass(frozen=True)
+class View:
+    """The selection in the sidebar.
+
+    Attributes:
+        shown: what the command line named.
+        model: chosen model; None where only captures were given.
+        capture: chosen capture, a path, or `SAMPLES_OF` and a model's name.
+    """
+
+    shown: Shown
+    model: str | None
+    capture: str | None
+
+
+def choose_view(shown: Shown) -> View:
+    """Draw the sidebar's choices; they are part of the address, so a link shows the same."""
+    captures = [*shown.captures, *(SAMPLES_OF + name for name in shown.models)]
+    with st.sidebar:
+        model = _choose("Model", list(shown.models), "model")
+        capture = _choose("Capture", captures, "capture")
+    view = View(shown, model, capture)
+    st.session_state["view"] = view
+    return view
+
+
+def _choose(label: str, options: list[str], key: str) -> str | None:
+    if not options:
+        return None
+    if len(options) == 1:
+        st.caption(f"{label}: {options[0]}")
+        return options[0]
+    return st.selectbox(label, options, key=key, bind="query-params")
+
+
+def current_view() -> View:
+    """The selection that `choose_view` made in this run."""
+    return st.session_state["view"]
+
+
+def current_model() -> LoadedModel:
+    """The chosen model.
+
+    Raises:
+        ValueError: only captures were given.
+    """
+    view = current_view()
+    if view.model is None:
+        raise ValueError(
+            "Only a capture is open, and this page runs a model: start `hydra-lab dashboard MODEL "
+            f"{view.shown.captures[0]}`."
+        )
+    return loaded_model(view.model)
+
+
+def current_job() -> SampleJob:
+    """The sample job of the chosen model, started if it was not."""
+    return sample_job(current_model())
+
+
+@dataclass(frozen=True, eq=False)
+class OpenCapture:
+    """A capture with what a page says about it.
+
+    Attributes:
+        rows: samples that are read, in order.
+        path_use: of the model that made it: measured where that is known, else shares alone.
+        key: changes when the capture changes; for caches.
+    """
+
+    capture: Capture
+    rows: NDArray[np.int64]
+    path_use: PathUse | None
+    key: tuple[str, str, int]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains in order of first appearance."""
+        return tuple(dict.fromkeys(self.capture.domains))
+
+
+def current_capture() -> OpenCapture:
+    """The chosen capture; draws progress and ends this run of the page while it is being made.
+
+    Raises:
+        ValueError: there is none.
+    """
+    view = current_view()
+    assert (
+        view.capture is not None
+    )  # there is always a capture or a model, and a model has sample texts or an error
+    if not view.capture.startswith(SAMPLES_OF):
+        return _open(view.capture, _path_use_of(view, view.capture))
+    name = view.capture.removeprefix(SAMPLES_OF)
+    job = sample_job(loaded_model(name))
+    if not job.has_texts:
+        raise ValueError(
+            f"{name} brings no sample texts, so there is nothing to draw: `hydra-lab capture {name} FILE... "
+            f"--out run.zarr`, then `hydra-lab dashboard {name} run.zarr`."
+        )
+    if job.capture is None:
+        show_progress(job)
+        st.stop()
+    return _open(str(job.capture), job.path_use)
+
+
+def _open(path: str, path_use: PathUse | None) -> OpenCapture:
+    capture = open_capture(path)
+    if capture.num_samples == 0:
+        raise ValueError(
+            f"{path} holds no committed sample yet: finish it with `hydra-lab capture ... --resume`."
+        )
+    key = (str(Path(path).resolve()), str(capture.attributes["weights_sha256"]), capture.num_samples)
+    if path_use is None and "paths" in capture.groups:
+        path_use = _shares(key)
+    return OpenCapture(capture, _rows(key, MAX_TOKENS_READ), path_use, key)
+
+
+def _path_use_of(view: View, path: str) -> PathUse | None:
+    """Measured path use, where one of the shown models made the capture."""
+    weights = open_capture(path).attributes["weights_sha256"]
+    for name in view.shown.models:
+        loaded = loaded_model(name)
+        if loaded.weights_hash == weights:
+            return sample_job(loaded).path_use
+    return None
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _shares(key: tuple[str, str, int]) -> PathUse:
+    return captured_path_use(open_capture(key[0]))
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _rows(key: tuple[str, str, int], max_tokens: int) -> NDArray[np.int64]:
+    """All samples, or as many evenly spaced ones as hold about `max_tokens` tokens."""
+    capture = open_capture(key[0])
+    keep = min(1.0, max_tokens / max(1, capture.num_tokens))
+    count = max(1, int(capture.num_samples * keep))
+    return np.unique(np.linspace(0, capture.num_samples - 1, count).round().astype(np.int64))
+
+
+def describe_capture(opened: OpenCapture) -> None:
+    """One line under the page's title: what the figures are drawn from."""
+    capture = opened.capture
+    part = (
+        ""
+        if len(opened.rows) == capture.num_samples
+        else f", of which {len(opened.rows):,} evenly spaced are read"
+    )
+    state = "" if capture.complete else " (interrupted: `hydra-lab capture ... --resume` goes on with it)"
+    st.caption(
+        f"{capture.num_tokens:,} tokens in {capture.num_samples:,} samples{part}, {len(opened.domains)} domains; "
+        f"made by {capture.attributes['model_name'] or 'a model without a name'} with the "
+        f"{capture.attributes['backend']} backend in {capture.attributes['dtype']}{state}"
+    )
+
+
+def choose_block(label: str, layers: Sequence[int], key: str) -> int:
+    """A choice among the blocks that have a path; kept in the address."""
+    options: Any = [int(layer) for layer in layers]
+    if len(options) == 1:
+        return options[0]
+    chosen = st.segmented_control(
+        label, options, default=options[0], required=True, key=key, bind="query-params"
+    )
+    assert chosen is not None
+    return chosen
+
+
+def has_group(opened: OpenCapture, group: str, path: str) -> bool:
+    """Whether the capture holds `group`; says what to do where it does not."""
+    if group in opened.capture.groups:
+        return True
+    if opened.capture.attributes["config"].get(f"{path}_layers") == []:
+        st.info(f"This model has no {path} path.")
+    else:
+        st.info(
+            f"This capture was made without the signal {group}: capture it again with `--signal {group}`."
+        )
+    return False

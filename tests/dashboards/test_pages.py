@@ -1,0 +1,138 @@
+"""Every page, in process: it appears, answers its controls, and says what is missing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from hydra_lab import load
+from hydra_lab.capture import capture_files
+from tests.dashboards.conftest import write_model
+
+PAGES = ("start", "prompt", "routing", "memory", "state")
+OpenApp = Callable[..., AppTest]
+
+
+def figures(app: AppTest) -> list[Any]:
+    """The plotly figures on the page, as plain values."""
+    return [json.loads(element.proto.spec) for element in app.get("plotly_chart")]
+
+
+def notes(app: AppTest) -> list[str]:
+    """The texts above the figures."""
+    bodies = [str(element.proto.body) for element in app.get("html")]
+    return [body for body in bodies if 'class="figure-note"' in body]
+
+
+def assert_clean(app: AppTest) -> None:
+    assert not app.exception and not app.error, [each.value for each in app.error] + list(app.exception)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_appears(open_app: OpenApp, page: str) -> None:
+    app = open_app(page)
+    assert_clean(app)
+    assert app.title[0].value == ("Hydra lab" if page == "start" else page.capitalize())
+    assert figures(app)
+
+
+@pytest.mark.parametrize("page", ("routing", "memory", "state"))
+def test_every_figure_of_a_path_says_how_much_the_path_is_used(open_app: OpenApp, page: str) -> None:
+    found = notes(open_app(page))
+    assert found
+    for note in found:
+        assert (
+            "update; cutting it everywhere costs" in note or "updates; cutting it everywhere costs" in note
+        ), note
+        assert any(unit in note for unit in ("sample", "token", "read")), note
+
+
+def test_each_view_of_the_routing_draws(open_app: OpenApp) -> None:
+    app = open_app("routing")
+    for show in ("Domains", "Position", "Pairs", "Switching", "Load"):
+        app.segmented_control(key="show").set_value(show).run()
+        assert_clean(app)
+        assert figures(app), show
+
+
+def test_a_domain_narrows_the_routing(open_app: OpenApp) -> None:
+    app = open_app("routing")
+    assert "2 samples" in notes(app)[0]
+    app.pills(key="domains").set_value(["code"]).run()
+    assert_clean(app)
+    assert "1 sample" in notes(app)[0]
+
+
+def test_each_view_of_the_state_draws(open_app: OpenApp) -> None:
+    app = open_app("state")
+    for show in ("Workspace", "Attention", "State space"):
+        app.segmented_control(key="show").set_value(show).run()
+        assert_clean(app)
+        assert figures(app), show
+
+
+def test_a_row_of_the_memory_shows_who_reads_it(open_app: OpenApp) -> None:
+    app = open_app("memory")
+    row = app.number_input(key="row")
+    before = figures(app)[-1]
+    row.set_value(0 if row.value != 0 else 1).run()
+    assert_clean(app)
+    assert figures(app)[-1] != before
+
+
+def test_a_model_without_a_path_says_so(open_app: OpenApp, tmp_path: Path) -> None:
+    model = write_model(
+        tmp_path / "plain", memory_layers=[], workspace_layers=[], moe_layers=[], attention_every=0
+    )
+    assert "no memory path" in open_app("memory", model).info[0].value
+    assert "no moe path" in open_app("routing", model).info[0].value
+    app = open_app("prompt", model)
+    assert_clean(app)
+    assert list(app.segmented_control(key="details").options) == ["Next token", "State"]
+
+
+def test_a_model_without_sample_texts_names_the_next_step(open_app: OpenApp, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "bare", samples=False)
+    for page in ("routing", "memory", "state"):
+        app = open_app(page, model)
+        assert not app.exception
+        assert "hydra-lab capture" in app.error[0].value
+        assert not figures(app)
+    assert "hydra-lab info" in open_app("start", model).info[0].value
+
+
+def test_a_capture_without_its_model(open_app: OpenApp, model_dir: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(model_dir)
+    text = tmp_path / "notes.txt"
+    text.write_text("The quick brown fox. " * 20)
+    run = tmp_path / "run.zarr"
+    capture_files(model, tokenizer, [text], run, sequence_length=64, progress=False)
+    for page in ("start", "routing", "memory", "state"):
+        app = open_app(page, run)
+        assert_clean(app)
+    assert "the cost of cutting it was not measured" in notes(app)[0]
+    assert "hydra-lab dashboard MODEL" in open_app("prompt", run).error[0].value
+    app = open_app("routing", model_dir, run)
+    assert_clean(app)
+    assert app.selectbox(key="capture").value == str(run)
+
+
+def test_what_is_neither_model_nor_capture(open_app: OpenApp, tmp_path: Path) -> None:
+    app = open_app("start", tmp_path / "nothing")
+    assert not app.exception
+    assert "no model" in app.error[0].value
+
+
+def test_the_sample_capture_is_made_once_and_by_weight(
+    open_app: OpenApp, cache_home: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    open_app("routing")
+    made = {path.name for path in (cache_home / "hydra_lab").iterdir()}
+    copy = shutil.copytree(model_dir, tmp_path / "copy")
+    open_app("routing", copy)
+    assert {path.name for path in (cache_home / "hydra_lab").iterdir()} == made
+    assert not list((cache_home / "hydra_lab").rglob("building-*"))
