@@ -1,0 +1,73 @@
+"""The model that ships: what its card claims holds for the weights that lie beside it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import hydra_lab
+from hydra_lab.capture.path_use import measure_path_use
+from hydra_lab.data.sample_texts import read_sample_texts
+from hydra_lab.loading import model_directory
+from hydra_lab.path_use import PathUse
+from hydra_lab.training.evaluate import answer_scores
+
+DEMO = model_directory("demo")
+QUESTIONS = Path(__file__).with_name("demo_questions.jsonl")
+"""80 of the evaluation's questions of each kind: closed-book facts, recall of 8 pairs, chains of 2 steps."""
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    return hydra_lab.load("demo")
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> dict[str, Any]:
+    return json.loads((DEMO / "evaluation.json").read_text())
+
+
+def test_weights_are_small_bf16_shards_without_pickles() -> None:
+    shards = sorted(DEMO.glob("*.safetensors"))
+    assert shards
+    assert all(shard.stat().st_size <= 15e6 for shard in shards)
+    assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) <= 25e6
+    assert not [file for file in DEMO.rglob("*") if file.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
+    for shard in shards:
+        with safe_open(shard, "pt") as tensors:
+            assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("task", ["facts", "recall", "chains"])
+def test_answers_are_as_good_as_the_card_says(
+    demo: tuple[Any, Any], evaluation: dict[str, Any], task: str
+) -> None:
+    model, tokenizer = demo
+    rows = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
+    (measured,) = answer_scores(model, tokenizer, [row for row in rows if row["task"] == task], task=task)
+    (claimed,) = [
+        entry for entry in evaluation["answers"] if (entry["task"], entry["group"]) == (task, measured.group)
+    ]
+    p = claimed["accuracy"]
+    # four binomial standard errors of the smaller sample, and never less than one question
+    allowed = max(4 * math.sqrt(p * (1 - p) / measured.num_questions), 1 / measured.num_questions)
+    assert measured.accuracy == pytest.approx(p, abs=allowed)
+
+
+def test_half_of_the_closed_book_facts_are_known(evaluation: dict[str, Any]) -> None:
+    closed = [e for e in evaluation["answers"] if e["task"] == "facts" and e["group"] == "form=closed"]
+    assert closed[0]["accuracy"] >= 0.5
+
+
+def test_path_shares_are_what_was_recorded(demo: tuple[Any, Any]) -> None:
+    """Measured anew on the texts that ship with the model, which are others than the recorded ones."""
+    model, tokenizer = demo
+    recorded = PathUse.from_dict(json.loads((DEMO / "path_use.json").read_text()))
+    texts = {domain: texts[:4] for domain, texts in read_sample_texts(DEMO).items()}
+    measured = measure_path_use(model, tokenizer, texts)
+    assert (measured.paths, measured.layers) == (recorded.paths, recorded.layers)
+    assert measured.share == pytest.approx(recorded.share, abs=0.03, nan_ok=True)
