@@ -39,7 +39,7 @@ def test_weights_are_small_bf16_shards_without_pickles() -> None:
     assert not [file for file in DEMO.rglob("*") if file.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
     for shard in shards:
         with safe_open(shard, "pt") as tensors:
-            assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
+            assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("task", ["facts", "recall", "chains"])

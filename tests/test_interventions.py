@@ -114,6 +114,8 @@ def test_an_intervention_holds_token_by_token_as_in_one_pass(model: HydraForCaus
 
 @pytest.mark.parametrize(("layer", "expert"), [(1, 0), (0, 4), (0, -1)])
 def test_what_is_not_there_cannot_be_changed(model: HydraForCausalLM, layer: int, expert: int) -> None:
-    with pytest.raises(ValueError, match=r"block 1 has no experts|is not among the experts 0 to 3 of block 0"):
+    with pytest.raises(
+        ValueError, match=r"block 1 has no experts|is not among the experts 0 to 3 of block 0"
+    ):
         with ablate_expert(model, layer, expert):
             pass

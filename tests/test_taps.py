@@ -1,4 +1,4 @@
-"""Taps: each fires with the documented shapes, tells the truth whatever the padding, and what is written to it counts."""
+"""Taps: each has the documented shapes, tells the truth whatever the padding, and what is written to it counts."""
 
 from collections.abc import Callable
 from typing import Any
