@@ -26,7 +26,7 @@ def test_optional_paths_of_a_fresh_model_are_silent(preset: str) -> None:
         with model.cut(path):
             assert torch.equal(model(ids).logits, out.logits), path
     out.loss.backward()
-    for layer in model.model.layers:
+    for layer in model.model.blocks:
         outputs = {
             "attention": "o_proj.weight",
             "moe": "down_proj",
@@ -34,7 +34,5 @@ def test_optional_paths_of_a_fresh_model_are_silent(preset: str) -> None:
             "memory": "out_proj.weight",
         }
         for path in set(layer.paths) - {"ssm"}:
-            assert layer.get_submodule(path).get_parameter(outputs[path]).grad.abs().max() > 0, (
-                layer.index,
-                path,
-            )
+            gradient = layer.get_submodule(path).get_parameter(outputs[path]).grad
+            assert gradient is not None and gradient.abs().max() > 0, (layer.index, path)

@@ -29,7 +29,7 @@ def logits_of(model: HydraForCausalLM, ids: Tensor) -> Tensor:
 
 def without_output(model: HydraForCausalLM, ids: Tensor) -> Tensor:
     """What the block's experts add with the expert's output projection at zero, renormalised by hand."""
-    path = model.model.layers[LAYER].moe
+    path = model.model.blocks[LAYER].moe
     routing = record(model, ids, taps=f"layers.{LAYER}.moe.routing")[f"layers.{LAYER}.moe.routing"]
     experts_BLK = routing.experts.repeat_interleave(path.chunk_size, dim=1)[:, : ids.shape[1]]
     others_BL = torch.where(experts_BLK == EXPERT, 0.0, routing.weights).sum(dim=-1)
@@ -88,7 +88,7 @@ def test_a_forced_expert_serves_every_token_with_the_whole_weight(
         routing = record(model, ids, taps=tap)[tap]
         forced = logits_of(model, ids)
     assert bool((routing.experts == EXPERT).all())
-    path = model.model.layers[LAYER].moe
+    path = model.model.blocks[LAYER].moe
 
     def swiglu(_module: object, inputs: tuple[Tensor, object, object], out: tuple[Tensor, ...]) -> object:
         gate, up = (inputs[0] @ path.gate_up_proj[EXPERT].T).chunk(2, dim=-1)

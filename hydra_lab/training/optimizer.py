@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW and its schedule."""
+"""Parameter groups, their optimizer and its schedule."""
 
 import re
 from collections.abc import Collection
@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from hydra_lab.nn.memory import MemoryPath
+from hydra_lab.training.muon import MuonAdamW
 from hydra_lab.training.plan import TrainingPlan
 from hydra_lab.training.presets import CurriculumConfig, OptimizerConfig
 
@@ -16,6 +17,8 @@ GATE = re.compile(r"\.gates\.(\w+)$")
 COMPONENT = re.compile(r"\.(workspace|memory)\.")
 VALUES = re.compile(r"\.memory\.values$")
 KEYS = re.compile(r"\.memory\.keys[12]$")
+EMBEDDING = re.compile(r"(embed_tokens|lm_head)\.weight$")
+EXPERTS = re.compile(r"\.moe\.(gate_up|down)_proj$")
 
 
 def component_of(name: str) -> str:
@@ -28,17 +31,23 @@ def component_of(name: str) -> str:
 
 
 def kind_of(name: str, parameter: nn.Parameter) -> str:
-    """How a parameter is trained: as a path's `gate`, as the memory's `values`, `decayed` or `undecayed`.
+    """How a parameter is trained: as a path's `gate`, as the memory's `values`, as the `embedding`, as a `matrix` (by
+    Muon), `decayed` or `undecayed`.
 
-    Decayed are the matrices. A matrix with one row is a vector (the gate beta of the memory is one), and the
-    memory's keys are points to be near to, whose length sets how sharply a query chooses.
+    A matrix is what maps one vector to another. One with a single row is a vector (the gate beta of the memory is
+    one), the slots of the workspace are rows of a table, and the memory's keys are points to be near to, whose length
+    sets how sharply a query chooses.
     """
     if GATE.search(name):
         return "gate"
     if VALUES.search(name):
         return "values"
+    if EMBEDDING.search(name):
+        return "embedding"
     if parameter.ndim < 2 or parameter.shape[0] == 1 or KEYS.search(name):
         return "undecayed"
+    if EXPERTS.search(name) or (parameter.ndim == 2 and name.endswith(".weight")):
+        return "matrix"
     return "decayed"
 
 
@@ -61,16 +70,21 @@ def restart_memory(model: nn.Module) -> None:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups for AdamW: one per component and kind present.
+    """Groups for `MuonAdamW`: one per component and kind present.
 
-    Each has `name` (`component.kind`), `component`, `params`, `param_names`, `lr` and `weight_decay`.
+    Each has `name` (`component.kind`), `component`, `params`, `param_names`, `lr`, `weight_decay` and `muon`.
     """
     members: dict[tuple[str, str], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             key = (component_of(name), kind_of(name, parameter))
             members.setdefault(key, []).append((name, parameter))
-    kinds = {"gate": config.gates, "values": config.memory_values}
+    kinds = {
+        "gate": config.gates,
+        "values": config.memory_values,
+        "embedding": config.embedding,
+        "matrix": config.matrices,
+    }
     groups: list[dict[str, Any]] = []
     for (component, kind), named in sorted(members.items()):
         factor = kinds.get(kind, 1.0) * (config.workspace if component == "workspace" else 1.0)
@@ -81,20 +95,17 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
                 "params": [parameter for _, parameter in named],
                 "param_names": [name for name, _ in named],
                 "lr": config.learning_rate * factor,
-                "weight_decay": config.weight_decay if kind == "decayed" else 0.0,
+                "weight_decay": config.weight_decay if kind in ("decayed", "embedding", "matrix") else 0.0,
+                "muon": kind == "matrix",
             }
         )
     return groups
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> MuonAdamW:
+    """`MuonAdamW` over `parameter_groups`."""
+    return MuonAdamW(
+        parameter_groups(model, config), lr=config.learning_rate, betas=config.betas, eps=config.eps
     )
 
 

@@ -20,7 +20,9 @@ from hydra_lab.training.optimizer import (
 from hydra_lab.training.plan import TrainingPlan
 from hydra_lab.training.presets import CurriculumConfig, OptimizerConfig, TrainConfig, staged
 
-CONFIG = OptimizerConfig(learning_rate=1.0, workspace=0.5, memory_values=3.0, gates=0.1)
+CONFIG = OptimizerConfig(
+    learning_rate=1.0, matrices=2.0, embedding=1.5, workspace=0.5, memory_values=3.0, gates=0.1
+)
 
 
 def nano() -> HydraForCausalLM:
@@ -40,12 +42,15 @@ def test_groups_have_the_stated_rates_and_decay() -> None:
     groups = {group["name"]: group for group in parameter_groups(nano(), CONFIG)}
     expected = {
         "backbone.decayed": (1.0, 0.1),
+        "backbone.embedding": (1.5, 0.1),
+        "backbone.matrix": (2.0, 0.1),
         "backbone.undecayed": (1.0, 0.0),
         "backbone.gate": (0.1, 0.0),
         "workspace.decayed": (0.5, 0.1),
+        "workspace.matrix": (1.0, 0.1),
         "workspace.undecayed": (0.5, 0.0),
         "workspace.gate": (0.05, 0.0),
-        "memory.decayed": (1.0, 0.1),
+        "memory.matrix": (2.0, 0.1),
         "memory.undecayed": (1.0, 0.0),
         "memory.gate": (0.1, 0.0),
         "memory.values": (3.0, 0.0),
@@ -55,6 +60,16 @@ def test_groups_have_the_stated_rates_and_decay() -> None:
     for name, pair in expected.items():
         assert found[name] == pytest.approx(pair), name
     assert groups["memory.values"]["param_names"] == ["model.layers.2.memory.values"]
+    assert {name for name, group in groups.items() if group["muon"]} == {
+        "backbone.matrix",
+        "workspace.matrix",
+        "memory.matrix",
+    }
+    assert groups["backbone.embedding"]["param_names"] == ["model.embed_tokens.weight"]
+    for name in ("ssm.in_proj.weight", "moe.gate_up_proj", "moe.down_proj", "moe.router.weight"):
+        assert f"model.layers.0.{name}" in groups["backbone.matrix"]["param_names"]
+    assert "model.layers.0.ssm.conv1d.weight" in groups["backbone.decayed"]["param_names"]
+    assert "model.layers.1.workspace.initial_slots" in groups["workspace.decayed"]["param_names"]
     for name in ("A_log", "D", "dt_bias", "norm.weight", "conv1d.bias"):
         assert f"model.layers.0.ssm.{name}" in groups["backbone.undecayed"]["param_names"]
     assert "model.layers.2.memory.gate.weight" in groups["memory.undecayed"]["param_names"]
@@ -88,8 +103,8 @@ def test_stage_changes_a_components_rate() -> None:
             group["name"]: group["lr"] / plan.learning_rate_factor(step) for group in optimizer.param_groups
         }
 
-    assert rates(79)["memory.decayed"] == pytest.approx(1.0)
-    assert rates(80)["memory.decayed"] == pytest.approx(2.0)
+    assert rates(79)["memory.matrix"] == pytest.approx(2.0)
+    assert rates(80)["memory.matrix"] == pytest.approx(4.0)
     assert rates(80)["memory.values"] == pytest.approx(6.0)
     assert rates(80)["backbone.decayed"] == pytest.approx(1.0)
     assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
@@ -164,7 +179,7 @@ def test_frozen_components_are_not_trained() -> None:
 
 def test_restarted_memory_is_half_open_and_silent() -> None:
     model = nano()
-    memory = model.model.layers[2].memory
+    memory = model.model.blocks[2].memory
     with torch.no_grad():
         memory.gate.bias.fill_(-5.0)
         memory.out_proj.weight.normal_()
