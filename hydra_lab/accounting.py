@@ -316,7 +316,8 @@ def flops_per_token(config: HydraConfig, context_length: int) -> FlopTable:
 
     A matrix of m x n weights costs 2 m n per token. Besides these, per pass over L tokens in C = ceil(L / T) chunks:
 
-        ssm         2 C T T (G N + I) inside the chunks, 4 C T I N between them
+        ssm         2 C T T (G N + I) inside the chunks, 4 C T I N between them; 2 I N for a single token, whose state
+                    is brought up to date element by element
         attention   4 H d (window keys + keys of the blocks), 2 J d floor(L / b) per selection
         moe         per chunk the router, per token K experts
         workspace   2 C T S (2 k + 2 V) writes and reads, 2 C D S gates, 2 C S V k slot keys
@@ -358,6 +359,8 @@ def _ssm_flops(config: HydraConfig, length: int, start: int) -> int:
     chunk = min(config.ssm_chunk_size, length)
     chunks = -(-length // chunk)
     projections = 2 * length * size * (inner + channels + config.ssm_num_heads + inner)
+    if length == 1:
+        return projections + 2 * inner * state
     within = 2 * chunks * chunk * chunk * (config.ssm_num_groups * state + inner)
     between = 4 * chunks * chunk * inner * state
     return projections + within + between + _passing_flops(chunks, inner * state)
