@@ -378,7 +378,7 @@ def _workspace_flops(config: HydraConfig, length: int, start: int) -> int:
     value, chunk = config.workspace_slot_size, config.workspace_chunk_size
     chunks = _chunks(length, start, chunk)
     cells = chunks * chunk
-    projections = 2 * cells * size * (key + value) + 2 * length * (size * (key + 1) + value * size)
+    projections = 2 * length * size * (2 * key + 2 * value + 1)
     per_chunk = 2 * chunks * slots * (size + value * key)
     return (
         projections
@@ -453,7 +453,7 @@ def state_bytes(config: HydraConfig, context_length: int, dtype: torch.dtype = t
         ssm         s (W - 1)(I + 2 G N) + 4 I N
         attention   s J d (2 L' + L' / b) + 12 J K,   L' = L rounded up to whole blocks
         moe         4 (2 D + E) + 8 K
-        workspace   4 S V + s T D
+        workspace   4 S V + s T (k + V) + 4 D
         memory      nothing
 
     Only the attention path's share grows with the context. It equals `HydraCache.num_bytes()` of a context that was
@@ -490,7 +490,8 @@ def _moe_bytes(config: HydraConfig, length: int, itemsize: int) -> int:
 
 def _workspace_bytes(config: HydraConfig, length: int, itemsize: int) -> int:
     slots = config.workspace_num_slots * config.workspace_slot_size
-    return 4 * slots + itemsize * config.workspace_chunk_size * config.hidden_size
+    open_chunk = config.workspace_chunk_size * (config.workspace_key_size + config.workspace_slot_size)
+    return 4 * slots + itemsize * open_chunk + 4 * config.hidden_size
 
 
 _STATE_BYTES: dict[str, Callable[[HydraConfig, int, int], int]] = {

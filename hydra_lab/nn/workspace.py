@@ -22,11 +22,15 @@ class WorkspaceState(NamedTuple):
 
     Attributes:
         slots: [B, S, V] fp32 slots after the last complete chunk.
-        open_inputs: [B, T, D] inputs of the chunk that is open.
+        open_keys: [B, T, k] write keys of the chunk that is open, zero where no token has fallen yet.
+        open_values: [B, T, V] its write values, likewise.
+        open_sum: [B, D] fp32 sum of its inputs.
     """
 
     slots: Tensor
-    open_inputs: Tensor
+    open_keys: Tensor
+    open_values: Tensor
+    open_sum: Tensor
 
 
 class WorkspacePath(nn.Module):
@@ -73,39 +77,41 @@ class WorkspacePath(nn.Module):
     ) -> tuple[Tensor, WorkspaceState]:
         batch = hidden_BLD.shape[0]
         grid = ChunkGrid(span, self.chunk_size, batch, hidden_BLD.device)
-        cells_BCTD = grid.to_grid(hidden_BLD)
+        key_BCTk = grid.to_grid(self.write_key(hidden_BLD))
+        value_BCTV = grid.to_grid(self.write_value(hidden_BLD))
+        sum_BCD = grid.to_grid(hidden_BLD).sum(dim=2, dtype=torch.float32)
         slots_BSV = self.initial_slots.float().expand(batch, -1, -1)
         if state is not None:
             slots_BSV = state.slots
             if grid.offset_B is not None:
-                earlier_BT = torch.arange(self.chunk_size, device=hidden_BLD.device) < grid.offset_B[:, None]
-                first = torch.where(earlier_BT[..., None], state.open_inputs, cells_BCTD[:, 0])
-                cells_BCTD = torch.cat([first[:, None], cells_BCTD[:, 1:]], dim=1)
+                # The first chunk of this piece began in an earlier one.
+                is_open_B = grid.offset_B > 0
+                key_BCTk = _add_to_first(key_BCTk, state.open_keys, is_open_B)
+                value_BCTV = _add_to_first(value_BCTV, state.open_values, is_open_B)
+                sum_BCD = _add_to_first(sum_BCD, state.open_sum, is_open_B)
 
-        written = self.write(self._address(cells_BCTD, grid))
-        slots_BCSV, final_BSV = self._recur(cells_BCTD, written, grid, slots_BSV)
+        written = self.write(self._address(key_BCTk, sum_BCD, grid))
+        slots_BCSV, final_BSV = self._recur(value_BCTV, written, grid, slots_BSV)
         update = self._read(hidden_BLD, slots_BCSV, grid)
-        return update, WorkspaceState(final_BSV, grid.at_last(cells_BCTD))
+        last = (grid.at_last(per_chunk) for per_chunk in (key_BCTk, value_BCTV, sum_BCD))
+        return update, WorkspaceState(final_BSV, *last)
 
-    def _address(self, cells_BCTD: Tensor, grid: ChunkGrid) -> WorkspaceWrite:
+    def _address(self, key_BCTk: Tensor, sum_BCD: Tensor, grid: ChunkGrid) -> WorkspaceWrite:
         seen_BCT = grid.seen_BCT
-        key = self.write_key(cells_BCTD)
-        scores_BCST = (
-            torch.einsum("sk,bctk->bcst", self.write_query.to(key.dtype), key).float() * self.key_scale
-        )
+        query_Sk = self.write_query.to(key_BCTk.dtype)
+        scores_BCST = torch.einsum("sk,bctk->bcst", query_Sk, key_BCTk).float() * self.key_scale
         scores_BCST = scores_BCST.masked_fill(~seen_BCT[:, :, None], -torch.inf)
         empty = ~seen_BCT.any(dim=-1)[..., None, None]
         address_BCST = scores_BCST.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
         count_BC = seen_BCT.sum(dim=-1).clamp(min=1)
-        mean_BCD = cells_BCTD.float().sum(dim=2) / count_BC[..., None]
-        gate_BCS = torch.sigmoid(-self.forget_gate(mean_BCD.to(cells_BCTD.dtype)).float())
+        mean_BCD = (sum_BCD / count_BC[..., None]).to(key_BCTk.dtype)
+        gate_BCS = torch.sigmoid(-self.forget_gate(mean_BCD).float())
         return WorkspaceWrite(address_BCST, gate_BCS)
 
     def _recur(
-        self, cells_BCTD: Tensor, written: WorkspaceWrite, grid: ChunkGrid, slots_BSV: Tensor
+        self, value_BCTV: Tensor, written: WorkspaceWrite, grid: ChunkGrid, slots_BSV: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The slots that enter each chunk, and those after the last complete one."""
-        value_BCTV = self.write_value(cells_BCTD)
         candidate_BCSV = torch.einsum(
             "bcst,bctv->bcsv", written.address.to(value_BCTV.dtype), value_BCTV
         ).float()
@@ -124,3 +130,9 @@ class WorkspacePath(nn.Module):
         address_BCTS = grid.to_grid(read.address).to(slots_BCSV.dtype)
         value_BLV = grid.from_grid(torch.einsum("bcts,bcsv->bctv", address_BCTS, slots_BCSV))
         return self.out_proj(value_BLV * read.gate.to(value_BLV.dtype))
+
+
+def _add_to_first(cells_BC: Tensor, open_B: Tensor, is_open_B: Tensor) -> Tensor:
+    """[B, C, ...] with what earlier pieces put into a row's first chunk; cells that they filled are zero here."""
+    kept_B = torch.where(is_open_B.reshape(-1, *[1] * (open_B.ndim - 1)), open_B, open_B.new_zeros(()))
+    return torch.cat([(cells_BC[:, 0] + kept_B)[:, None], cells_BC[:, 1:]], dim=1)
