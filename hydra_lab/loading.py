@@ -49,5 +49,6 @@ def load(
     """
     path = model_directory(name_or_path)
     model = HydraForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    model.name_or_path = str(name_or_path)  # a capture says which model made it, on whatever machine
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     return model.to(device).eval(), tokenizer

@@ -48,8 +48,10 @@ def show(opened: OpenCapture) -> None:
         layer = choose_block("Block", metrics.layers_of(opened.capture, group), f"{path}_block")
     rows = tuple(int(row) for row in opened.rows)
     drawn = results(opened.key, view, layer, rows)
-    for column, name, result in zip(st.columns(len(names)), names, drawn, strict=True):
-        with column:
+    # The workspace's figures are two plots wide each: one below the other.
+    places = [st.container() for _ in names] if view == "Workspace" else st.columns(len(names))
+    for place, name, result in zip(places, names, drawn, strict=True):
+        with place:
             figure = getattr(figures, name)(result, path_use=opened.path_use, theme=theme())
             chart(figure, name)
 

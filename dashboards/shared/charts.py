@@ -14,6 +14,10 @@ _STYLE = """
 .figure-note { font-size: .8rem; line-height: 1.4; opacity: .85; }
 [class*="st-key-wide-"] { overflow-x: auto; }
 [class*="st-key-wide-"] > .stElementContainer:has(.stPlotlyChart) { min-width: 56rem; }
+@media (max-width: 40rem) {
+  [class*="st-key-labelled-"] { overflow-x: auto; }
+  [class*="st-key-labelled-"] > .stElementContainer:has(.stPlotlyChart) { min-width: 34rem; }
+}
 .stMainBlockContainer { padding-top: 3rem; padding-bottom: 3rem; }
 .tokens { line-height: 2.15; max-height: 25rem; overflow: auto; padding: .7rem .8rem; border-radius: .5rem;
   border: 1px solid color-mix(in srgb, currentColor 18%, transparent); font-family: ui-monospace, monospace;
@@ -26,6 +30,8 @@ _STYLE = """
 .legend .key { padding: .1rem .45rem; border-radius: .25rem; margin-right: .35rem; white-space: nowrap; }
 </style>
 """
+
+_LONG_NAME = 16  # characters
 
 
 def style() -> None:
@@ -55,9 +61,7 @@ def chart(figure: go.Figure, key: str, **options: Any) -> Any:
     figure.update_layout(title=None, margin_t=kept)
     if layout.height is not None:
         figure.update_layout(height=layout.height - top + kept)
-    # Plots beside each other keep a readable width on a narrow screen and are scrolled sideways there.
-    beside_each_other = len({axis.domain for axis in figure.select_xaxes()}) > 1
-    with st.container(key=f"{'wide' if beside_each_other else 'figure'}-{key}"):
+    with st.container(key=f"{_shape(figure)}-{key}"):
         return st.plotly_chart(
             figure,
             theme=None,
@@ -66,3 +70,13 @@ def chart(figure: go.Figure, key: str, **options: Any) -> Any:
             alt=re.sub("<[^>]*>", "", title),
             **options,
         )
+
+
+def _shape(figure: go.Figure) -> str:
+    """`wide` for plots beside each other, which keep a readable width and are scrolled sideways where there is less;
+    `labelled` for heat maps with long names of rows, likewise on a phone; else `figure`."""
+    if len({axis.domain for axis in figure.select_xaxes()}) > 1:
+        return "wide"
+    heat_maps = [trace for trace in figure.select_traces({"type": "heatmap"}) if trace.y is not None]
+    names = [str(name) for trace in heat_maps for name in trace.y]
+    return "labelled" if max(map(len, names), default=0) > _LONG_NAME else "figure"

@@ -33,7 +33,7 @@ def memory_use(result: MemoryUse, *, path_use: PathUse | None = None, theme: The
             ),
         ]
     )
-    figure.update_xaxes(title_text="most read rows of the value table (count, log scale)", type="log")
+    figure.update_xaxes(title_text="rows, most read first (log scale)", type="log")
     figure.update_yaxes(title_text="share of the read weight (%)", range=[0, 103])
     return finish(
         figure,
@@ -87,7 +87,7 @@ def beta_by_domain(
             hovertemplate="%{y}: %{x:.3f}<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="memory gate beta (0 shut, 1 open)", range=[-0.02, 1.02])
+    figure.update_xaxes(title_text="gate beta (1 is open)", range=[-0.02, 1.02])
     figure.update_yaxes(autorange="reversed", title_text="")
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"})
     return finish(
@@ -132,7 +132,7 @@ def top_tokens(
             hovertemplate="%{y}: weight %{x:.2f}<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="sum of read weight (1 per token and head)", rangemode="tozero")
+    figure.update_xaxes(title_text="read weight, summed", rangemode="tozero")
     figure.update_yaxes(autorange="reversed", title_text="token")
     empty = "" if len(shown) else "; no token reads it"
     return finish(

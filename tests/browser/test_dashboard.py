@@ -18,6 +18,8 @@ QUIET = """() => !document.querySelector(
     '[data-testid=stStatusWidget], [data-testid=stProgress], [data-testid=stSkeleton], [data-stale=true]'
 ) && document.querySelector('.js-plotly-plot .main-svg')"""
 
+QUIET_OR_BROKEN = f"() => document.querySelector('{ERROR_BOXES}') || ({QUIET})()"
+
 
 class Visitor:
     """A browser tab that notes what goes wrong.
@@ -46,7 +48,7 @@ class Visitor:
     def settle(self) -> None:
         """Wait until the page is drawn, and fail on any error box."""
         self.page.wait_for_timeout(300)
-        self.page.wait_for_function(QUIET, timeout=PATIENCE_MS)
+        self.page.wait_for_function(QUIET_OR_BROKEN, timeout=PATIENCE_MS)
         assert self.page.locator(ERROR_BOXES).all_text_contents() == []
         assert self.problems == []
 
