@@ -3,7 +3,7 @@
 import random
 from typing import TypedDict
 
-from hydra_lab.data.tasks import MAX_STEPS, make_chain_problem, make_recall_problem
+from hydra_lab.data.tasks import MAX_STEPS, make_chain_problem, make_recall_problem, query
 from hydra_lab.data.world import World, make_open_book
 
 
@@ -24,7 +24,7 @@ class RecallQuestion(Question):
 
 
 class ChainQuestion(Question):
-    """With the number of lookups to the answer; `form` says whether assignments come in order."""
+    """With the number of lookups to the answer; `form` is "direct" (the value) or "worked" (the way there)."""
 
     steps: int
 
@@ -48,7 +48,7 @@ def recall_questions(
             key = rng.choice(list(problem.pairs))
             questions.append(
                 {
-                    "prompt": problem.given() + key,
+                    "prompt": problem.given() + query(key),
                     "answer": problem.pairs[key],
                     "form": "far" if filler else "as trained",
                     "chance": 1 / num_pairs,
@@ -60,7 +60,10 @@ def recall_questions(
 
 
 def chain_questions(rng: random.Random, *, num_each: int = 300) -> list[ChainQuestion]:
-    """`num_each` direct questions for each number of steps from 1 to 5, problems drawn as in training."""
+    """`num_each` questions of each form for each number of steps from 1 to 5, problems drawn as in training.
+
+    A blind guess takes one of the problem's values, and on the way there one of its variables at each step before.
+    """
     questions: list[ChainQuestion] = []
     for steps in range(1, MAX_STEPS + 1):
         remaining = num_each
@@ -71,15 +74,20 @@ def chain_questions(rng: random.Random, *, num_each: int = 300) -> list[ChainQue
                 continue
             variable = rng.choice(candidates)
             roots = sum(depth == 1 for depth in problem.steps.values())
-            questions.append(
-                {
-                    "prompt": problem.given() + " ?" + variable,
-                    "answer": problem.path(variable)[-1],
-                    "form": "ordered" if problem.ordered else "shuffled",
-                    "chance": 1 / roots,
-                    "steps": steps,
-                }
-            )
+            forms = {
+                "direct": (" ?", problem.path(variable)[-1], 1 / roots),
+                "worked": (" >", problem.way(variable), 1 / roots / len(problem.steps) ** (steps - 1)),
+            }
+            for form, (mark, answer, chance) in forms.items():
+                questions.append(
+                    {
+                        "prompt": problem.given() + query(variable, mark),
+                        "answer": answer,
+                        "form": form,
+                        "chance": chance,
+                        "steps": steps,
+                    }
+                )
             remaining -= 1
     return questions
 

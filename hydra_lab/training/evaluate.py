@@ -28,7 +28,7 @@ from hydra_lab.training.export import fold_scales
 from hydra_lab.training.scoring import Stretch, batches, padded, score, stretches
 
 TASKS = ("recall", "chains", "facts")
-GROUPS = {"recall": ("pairs", "form"), "chains": ("steps",), "facts": ("form",)}
+GROUPS = {"recall": ("pairs", "form"), "chains": ("steps", "form"), "facts": ("form",)}
 """Fields of a question by which its task's answers are counted."""
 
 

@@ -178,6 +178,17 @@ WITH_FACTS = {
 }
 """Facts, and the tables that state them, enter with the memory only: learned earlier they would sit in the
 SSM."""
+MORE_LOOKUPS = {
+    "code": 0.13,
+    "technical": 0.11,
+    "prose": 0.18,
+    "arithmetic": 0.02,
+    "chains": 0.24,
+    "recall": 0.18,
+    "facts": 0.11,
+    "structured": 0.03,
+}
+"""Shares for a model that has learned to read: two of five rows look names up."""
 
 
 def staged(attention: float, moe: float, workspace: float, memory: float) -> tuple[Stage, ...]:
@@ -219,6 +230,14 @@ PRESETS: dict[str, TrainConfig] = {
         max_steps=5000,
         curriculum=CurriculumConfig(stages=staged(0.05, 0.09, 0.13, 0.17)),
         optimizer=OptimizerConfig(decay=0.3),
+    ),
+    "demo-lookups": TrainConfig(
+        model="demo",
+        sequence_length=512,
+        rows_per_step=8,
+        max_steps=2500,
+        curriculum=CurriculumConfig(stages=(Stage(path="memory", begin=0.0, weights=MORE_LOOKUPS),)),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, decay=0.5),
     ),
     "demo-memory": TrainConfig(
         model="demo",

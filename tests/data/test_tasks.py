@@ -1,5 +1,6 @@
 """The answers of the generated tasks, checked by solvers that share no code with the generators."""
 
+import math
 import random
 import re
 
@@ -23,28 +24,31 @@ def supervised(document: Document) -> list[str]:
 
 
 def solve_recall(text: str) -> list[str]:
-    given, asked = text.removeprefix("recall:").split(" ?")
+    given, *asked = text.removeprefix("recall:").split(" ?")
     known: dict[str, str] = {}
-    words = [word for word in given.split() if " " + word not in FILLER]
-    for key, value in zip(words[::2], words[1::2], strict=True):
+    *pairs, filler = given.split(";")
+    assert all(" " + word in FILLER for word in filler.split())
+    for pair in pairs:
+        key, value = pair.split("=")
+        assert key not in known
         known[key] = value
-    return [known[key] for key in asked.split()[::2]]
+    return [known[question.split("=")[0]].strip() for question in asked]
 
 
 def follow(links: dict[str, str], variable: str) -> list[str]:
     path: list[str] = []
-    while variable.islower():
+    while len(variable) > 1:
         variable = links[variable]
         path.append(variable)
     return path
 
 
 def read_links(text: str) -> dict[str, str]:
-    words = re.split(r" [?>]", text.removeprefix("chain:"))[0].split()
-    assert len(words) % 2 == 0
-    links = dict(zip(words[::2], words[1::2], strict=True))
-    assert len(links) == len(words) // 2, "a variable is assigned twice"
-    return links
+    given = re.split(r" [?>]", text.removeprefix("chain:"))[0]
+    pairs = re.findall(r" (\w+) = (\w+);", given)
+    assert "".join(f" {left} = {right};" for left, right in pairs) == given
+    assert len(dict(pairs)) == len(pairs), "a variable is assigned twice"
+    return dict(pairs)
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -59,12 +63,8 @@ def test_chain_answers(seed: int) -> None:
     links = read_links(document.text)
     expected: list[str] = []
     for mark, section in re.findall(r"([?>])([^?>]*)", document.text):
-        words = section.split()
-        if mark == "?":
-            assert len(words) % 2 == 0
-            expected += [follow(links, variable)[-1] for variable in words[::2]]
-        else:
-            expected.append(" ".join(follow(links, words[0])))
+        path = follow(links, section.split()[0])
+        expected.append(path[-1] if mark == "?" else " = ".join(path) + ";")
     assert [answer.strip() for answer in supervised(document)] == expected
 
 
@@ -78,7 +78,7 @@ def test_chain_problems_vary() -> None:
         if problem.ordered:
             seen: set[str] = set()
             for variable, source in problem.assignments:
-                assert source.strip().isupper() or source in seen
+                assert len(source.strip()) == 1 or source in seen
                 seen.add(variable)
     assert 0.5 < sum(problem.ordered for problem in problems) / 400 < 0.7
 
@@ -109,10 +109,12 @@ def test_eval_questions_are_right() -> None:
     steps: list[int] = []
     for question in chain_questions(random.Random(4), num_each=40):
         links = read_links(question["prompt"])
-        path = follow(links, question["prompt"].split()[-1])
-        assert question["answer"].strip() == path[-1]
+        path = follow(links, question["prompt"].split()[-2])
+        worked = question["form"] == "worked"
+        assert question["answer"].strip() == (" = ".join(path) if worked else path[-1])
         assert question["steps"] == len(path)
-        assert question["chance"] == 1 / sum(value.isupper() for value in links.values())
+        guesses = [sum(len(value) == 1 for value in links.values())] + [len(links)] * (len(path) - 1) * worked
+        assert question["chance"] == pytest.approx(1 / math.prod(guesses))
         steps.append(question["steps"])
     assert sorted(set(steps)) == [1, 2, 3, 4, 5]
 

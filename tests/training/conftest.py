@@ -28,7 +28,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     question = {"prompt": "few ", "answer": " words", "form": "near", "chance": 0.5}
     _write(directory / "eval_recall.jsonl", [{**question, "pairs": pairs} for pairs in (2, 2, 4)])
-    _write(directory / "eval_chains.jsonl", [{**question, "steps": 2}])
+    _write(directory / "eval_chains.jsonl", [{**question, "steps": 2, "form": "direct"}])
     facts = [
         {"prompt": "Q: a? A:", "answer": " b", "form": "closed", "chance": 0.1},
         {"prompt": "Note: a is b.\nQ: a? A:", "answer": " b", "form": "open", "chance": 0.2},

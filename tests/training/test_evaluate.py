@@ -96,7 +96,7 @@ def test_evaluate_reports_every_domain_task_and_form(corpus: Path, tmp_path: Pat
     assert [(row.task, row.group) for row in result.answers] == [
         ("recall", "pairs=2, form=near"),
         ("recall", "pairs=4, form=near"),
-        ("chains", "steps=2"),
+        ("chains", "steps=2, form=direct"),
         ("facts", "form=closed"),
         ("facts", "form=open"),
     ]
