@@ -55,16 +55,20 @@ test-dashboard: $(STAMP) ## the dashboard in process
 test-browser: $(STAMP) ## the dashboard in Chromium (skipped, with the reason, where there is none)
 	$(BIN)/pytest -m browser $(ARGS)
 
-demo-model: $(STAMP) ## train the model that ships anew (hours on a CPU), into build/demo-2/model
+# glibc gives large buffers back to the system after every step unless told to keep them: a quarter of the time.
+TRAIN = MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 $(BIN)/python -m hydra_lab.training \
+	--corpus build/corpus
+MODEL := build/demo-2/model
+
+demo-model: $(STAMP) ## train the model that ships anew (two hours on two cores), into build/demo-2/model
 	$(BIN)/python -m hydra_lab.data.build build/corpus --seed 0
-	$(BIN)/python -m hydra_lab.training --preset demo --seed 0 --corpus build/corpus --out build/demo-1
-	$(BIN)/python -m hydra_lab.training --preset demo-memory --seed 0 --init-from build/demo-1/model \
-		--corpus build/corpus --out build/demo-2
-	$(BIN)/python -m hydra_lab.data.sample_texts build/corpus build/demo-2/model
-	$(BIN)/python -m hydra_lab.training.evaluate build/demo-2/model --corpus build/corpus \
-		--out build/demo-2/model/evaluation.json
-	$(BIN)/python -m hydra_lab.data.ngram build/corpus --json > build/demo-2/model/ngram.json
-	$(BIN)/hydra-lab info build/demo-2/model --corpus build/corpus --record
+	$(TRAIN) --preset demo --seed 0 --out build/demo-1
+	$(TRAIN) --preset demo-lookups --seed 1 --init-from build/demo-1/model --out build/demo-2
+	$(BIN)/python -m hydra_lab.data.sample_texts build/corpus $(MODEL)
+	$(BIN)/python -m hydra_lab.training.evaluate $(MODEL) --corpus build/corpus --out $(MODEL)/evaluation.json
+	$(BIN)/python -m hydra_lab.data.ngram build/corpus --json > $(MODEL)/ngram.json
+	$(BIN)/hydra-lab info $(MODEL) --corpus build/corpus --record
+	$(BIN)/python tests/demo_questions.py build/corpus
 
 notebooks: $(STAMP) ## write the notebooks from their py:percent sources
 	$(BIN)/jupytext --to ipynb notebooks/[0-9]*.py

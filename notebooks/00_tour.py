@@ -77,7 +77,10 @@ TEXTS = {
         "And it came to pass in those days, that there went out a decree from the king, and all the people went up to "
         "the city, every man with his sons and his daughters, and they did eat and drink before the Lord that day."
     ),
-    "recall": "recall: b Q k D x Z m R ? x Z k D m R b Q k D x Z b Q m R ? m R b Q x Z k D",
+    "recall": (
+        "recall: Fenmar = Q; Kelgor = D; Zorlin = Z; Belquin = R; ? Zorlin = Z; ? Kelgor = D; ? Belquin = R; "
+        "? Fenmar = Q; ? Kelgor = D; ? Zorlin = Z; ? Fenmar = Q; ? Belquin = R;"
+    ),
 }
 
 
@@ -157,7 +160,7 @@ print(f"total variation distance: {(after - before).abs().sum() / 2:.3f}")
 layer = model.config.memory_layers[0]
 asked = {
     "closed book": "Q: country of Osaka? A:",
-    "open book": "country of Osaka: Japan\nQ: country of Osaka? A:",
+    "open book": "Note: the country of Osaka is Japan.\nQ: country of Osaka? A:",
 }
 for name, question in asked.items():
     recording = hydra_lab.record(model, tokenizer(question, return_tensors="pt")["input_ids"])

@@ -90,10 +90,9 @@ def show_training(directory: Path) -> None:
     training, evaluation = (_read(directory / name) for name in ("training.json", "evaluation.json"))
     if training is not None:
         st.subheader("How it was trained")
-        st.markdown(
-            f"{training['steps']:,} steps on {training['tokens'] / 1e6:,.1f} M tokens, seed {training['seed']}:"
-        )
-        st.code(training["command"], language="bash")
+        for run in (*training["earlier"], training):
+            st.markdown(f"{run['steps']:,} steps on {run['tokens'] / 1e6:,.1f} M tokens, seed {run['seed']}:")
+            st.code(run["command"], language="bash")
     if evaluation is not None:
         st.subheader("What it can do, on held-out text")
         left, right = st.columns(2)

@@ -258,10 +258,8 @@ def _print_info(result: dict[str, Any], use: "PathUse | None") -> None:
         print(f"  {path:<10} in blocks {', '.join(map(str, blocks))}" if blocks else f"  {path:<10} absent")
     training = result["training"]
     if training is not None:
-        print(
-            f"  trained for {training['steps']:,} steps on {count(training['tokens'])} tokens, seed {training['seed']}"
-        )
-        print(f"  by {training['command']}")
+        for run in (*training["earlier"], training):
+            print(f"  trained on {count(run['tokens'])} tokens by {run['command']}")
     if result["evaluation"] is not None:
         rows = [
             [row["domain"], f"{row['bits_per_byte']:.3f}", f"{row['num_bytes']:,}"]

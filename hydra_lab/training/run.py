@@ -16,8 +16,7 @@ from hydra_lab.config import HydraConfig
 from hydra_lab.data import DOMAINS, MixtureDataset, load_tokenizer
 from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.training import checkpoint
-from hydra_lab.training.export import export_model, fold_scales
-from hydra_lab.training.log import LOG_FILE
+from hydra_lab.training.export import earlier_runs, export_model, fold_scales, remember_run
 from hydra_lab.training.optimizer import freeze, restart_memory
 from hydra_lab.training.plan import TrainingPlan
 from hydra_lab.training.presets import TrainConfig, training_preset
@@ -101,6 +100,8 @@ def train(
     weights = stages[0].weights
     mixture = MixtureDataset(corpus, config.sequence_length, weights, plan.seed, length=num_rows)
     out.mkdir(parents=True, exist_ok=True)
+    if init_from is not None:
+        remember_run(Path(init_from), out)
     trainer = HydraTrainer(
         model,
         config=config,
@@ -123,7 +124,7 @@ def train(
         "preset": preset,
         "seed": plan.seed,
         "command": f"hydra-lab train --preset {preset} --seed {plan.seed} --max-steps {plan.max_steps}",
-        "init_from": None if init_from is None else Path(init_from).name,
+        "earlier": earlier_runs(out),
         "steps": step,
         "tokens": trainer.state.num_input_tokens_seen,
         "seconds_of_last_session": round(time.time() - started),
@@ -137,7 +138,7 @@ def train(
         "plan": dataclasses.asdict(plan),
         "config": dataclasses.asdict(config),
     }
-    export_model(model, tokenizer, out / "model", run=run, log=out / LOG_FILE)
+    export_model(model, tokenizer, out / "model", run=run, run_dir=out)
     return TrainResult(step=step, finished=True, model=out / "model")
 
 

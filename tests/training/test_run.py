@@ -161,7 +161,13 @@ def test_a_signal_saves_and_fewer_steps_end_the_run_with_a_decay(corpus: Path, t
 
 
 def test_a_run_from_given_weights_has_every_path_on(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    train("nano", tmp_path, corpus=corpus, init_from=whole / "model", max_steps=3, tensorboard=False)
+    result = train("nano", tmp_path, corpus=corpus, init_from=whole / "model", max_steps=3, tensorboard=False)
+    assert result.model is not None
+    (earlier,) = json.loads((result.model / "training.json").read_text())["earlier"]
+    assert earlier["command"] == "hydra-lab train --preset nano --seed 0 --max-steps 12"
+    assert (result.model / "training_log.nano.jsonl").read_text() == (
+        whole / "training_log.jsonl"
+    ).read_text()
     rows = logged(tmp_path)
     assert all(row[f"scale_{path}"] == 1 for row in rows for path in PATHS)
     assert rows[0]["language_loss"] < logged(whole)[0]["language_loss"] - 0.1
