@@ -13,7 +13,8 @@ import hydra_lab
 from hydra_lab.capture.path_use import measure_path_use
 from hydra_lab.data.sample_texts import read_sample_texts
 from hydra_lab.loading import model_directory
-from hydra_lab.path_use import PathUse
+from hydra_lab.path_use import IDLE_LOSS, IDLE_SHARE, PathUse
+from hydra_lab.taps import PATHS
 from hydra_lab.training.evaluate import answer_scores
 
 DEMO = model_directory("demo")
@@ -58,9 +59,42 @@ def test_answers_are_as_good_as_the_card_says(
     assert measured.accuracy == pytest.approx(p, abs=allowed)
 
 
-def test_half_of_the_closed_book_facts_are_known(evaluation: dict[str, Any]) -> None:
-    closed = [e for e in evaluation["answers"] if e["task"] == "facts" and e["group"] == "form=closed"]
-    assert closed[0]["accuracy"] >= 0.5
+@pytest.mark.parametrize(
+    ("task", "group", "least"),
+    [
+        ("facts", "form=closed", 0.5),
+        ("recall", "pairs=8, form=as trained", 0.9),
+        ("chains", "steps=2, form=worked", 0.9),
+    ],
+)
+def test_questions_are_answered(evaluation: dict[str, Any], task: str, group: str, least: float) -> None:
+    (found,) = [e for e in evaluation["answers"] if (e["task"], e["group"]) == (task, group)]
+    assert found["accuracy"] >= least
+
+
+@pytest.mark.parametrize("domain", ["code", "technical"])
+def test_held_out_text_costs_less_than_under_the_5_gram_model(
+    evaluation: dict[str, Any], domain: str
+) -> None:
+    """Prose is not among them: there the 5-gram model is better (see the model's card)."""
+    baseline = json.loads((DEMO / "ngram.json").read_text())
+    assert baseline["order"] == 5
+    (found,) = [row for row in evaluation["domains"] if row["domain"] == domain]
+    assert found["bits_per_byte"] < baseline["bits_per_byte"][domain]
+
+
+def test_the_memory_opens_wider_without_the_book(evaluation: dict[str, Any]) -> None:
+    mean = {gate["form"]: gate["mean"] for gate in evaluation["gates"]}
+    assert mean["closed"] > mean["open"]
+
+
+def test_every_path_is_alive() -> None:
+    use = PathUse.from_dict(json.loads((DEMO / "path_use.json").read_text()))
+    assert set(use.paths) == set(PATHS)
+    for path in use.paths:
+        assert use.cost_of(path)[0] >= IDLE_LOSS, path
+        for layer in use.layers_with(path):
+            assert use.share_of(path, layer) >= IDLE_SHARE, (path, layer)
 
 
 def test_path_shares_are_what_was_recorded(demo: tuple[Any, Any]) -> None:
