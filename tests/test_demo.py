@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 import hydra_lab
 from hydra_lab.capture.path_use import measure_path_use
+from hydra_lab.data import NATURAL_DOMAINS
 from hydra_lab.data.sample_texts import read_sample_texts
 from hydra_lab.loading import model_directory
 from hydra_lab.path_use import IDLE_LOSS, IDLE_SHARE, PathUse
@@ -72,11 +73,10 @@ def test_questions_are_answered(evaluation: dict[str, Any], task: str, group: st
     assert found["accuracy"] >= least
 
 
-@pytest.mark.parametrize("domain", ["code", "technical"])
+@pytest.mark.parametrize("domain", NATURAL_DOMAINS)
 def test_held_out_text_costs_less_than_under_the_5_gram_model(
     evaluation: dict[str, Any], domain: str
 ) -> None:
-    """Prose is not among them: there the 5-gram model is better (see the model's card)."""
     baseline = json.loads((DEMO / "ngram.json").read_text())
     assert baseline["order"] == 5
     (found,) = [row for row in evaluation["domains"] if row["domain"] == domain]
