@@ -118,20 +118,21 @@ for path in use.paths:
 # ## 3. Force an expert
 #
 # What a tap returns is what the model goes on to use. `HydraLens` (nnsight) reads it by name and lets you assign to it.
-# Below, every chunk of block 2 is sent to expert 3, with the weights left as they were.
+# Below, questions about the world are answered twice; the second time, every chunk of block 0 is sent to expert 5, which
+# mostly sees prose, with the weights left as they were.
 #
-# **Predict:** will the model's next token change? Its probability?
+# **Predict:** will the model's next token change? Its probability? And what if the chunks go to expert 1?
 
 # %%
 from hydra_lab import HydraLens
 
 lens = HydraLens(model, tokenizer)
-text = "    for name in os.listdir(path):\n        if name.endswith("
+text = "Q: capital of Peru? A: Lima\nQ: currency of Japan? A: JPY\nQ: country of Osaka? A:"
 with lens.trace(text):
-    chosen = lens.layers[2].moe.experts.save()
+    chosen = lens.layers[0].moe.experts.save()
     before = lens.logits[:, -1].softmax(-1).save()
 with lens.trace(text):
-    lens.layers[2].moe.experts[:] = 3
+    lens.layers[0].moe.experts[:] = 5
     after = lens.logits[:, -1].softmax(-1).save()
 
 
@@ -143,7 +144,7 @@ def top_tokens(probabilities, count: int = 5) -> str:
     )
 
 
-print("experts that block 2 chose, by chunk:", chosen[0].tolist())
+print("experts that block 0 chose, by chunk:", chosen[0].tolist())
 print("untouched:    ", top_tokens(before))
 print("expert forced:", top_tokens(after))
 print(f"total variation distance: {(after - before).abs().sum() / 2:.3f}")
