@@ -118,8 +118,8 @@ for path in use.paths:
 # ## 3. Force an expert
 #
 # What a tap returns is what the model goes on to use. `HydraLens` (nnsight) reads it by name and lets you assign to it.
-# Below, questions about the world are answered twice; the second time, every chunk of block 0 is sent to expert 5, which
-# mostly sees prose, with the weights left as they were.
+# Below, questions about the world are answered twice; the second time, every chunk of block 0 is sent to expert 5,
+# which mostly sees prose, with the weights left as they were.
 #
 # **Predict:** will the model's next token change? Its probability? And what if the chunks go to expert 1?
 
