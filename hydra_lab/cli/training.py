@@ -19,7 +19,7 @@ def train(
         Path, typer.Option(help="Directory of the run: checkpoints, log, and at the end the model.")
     ],
     preset: Annotated[
-        str, typer.Option(help="What to train: nano, demo, demo-memory, 29m or 1.6b.")
+        str, typer.Option(help="What to train: nano, demo, demo-lookups, 29m or 1.6b.")
     ] = "demo",
     corpus: Annotated[Path, typer.Option(help="Training corpus; built there first if it is absent.")] = Path(
         "runs/corpus"

@@ -1,14 +1,12 @@
 """Parameter groups, their optimizer and its schedule."""
 
 import re
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from hydra_lab.nn.memory import MemoryPath
 from hydra_lab.training.muon import MuonAdamW
 from hydra_lab.training.plan import TrainingPlan
 from hydra_lab.training.presets import CurriculumConfig, OptimizerConfig
@@ -49,24 +47,6 @@ def kind_of(name: str, parameter: nn.Parameter) -> str:
     if EXPERTS.search(name) or (parameter.ndim == 2 and name.endswith(".weight")):
         return "matrix"
     return "decayed"
-
-
-def freeze(model: nn.Module, components: Collection[str]) -> None:
-    """Leave the parameters of `components` as they are: no gradient, no update."""
-    for name, parameter in model.named_parameters():
-        if component_of(name) in components:
-            parameter.requires_grad_(False)
-
-
-@torch.no_grad()
-def restart_memory(model: nn.Module) -> None:
-    """Make every memory path as a fresh one: nothing in it, beta at one half, and an output that starts at zero."""
-    for module in model.modules():
-        if isinstance(module, MemoryPath):
-            for points in (module.keys1, module.keys2, module.values):
-                points.normal_(std=points.shape[-1] ** -0.5)
-            for start_at_zero in (module.gate.weight, module.gate.bias, module.out_proj.weight):
-                start_at_zero.zero_()
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -136,11 +136,6 @@ class TrainConfig:
     """Optimizer steps."""
     curriculum: CurriculumConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    frozen: tuple[str, ...] = ()
-    """Components (see `COMPONENTS`) that are not trained."""
-    restart_memory: bool = False
-    """Empty every memory and open its gate half-way before a run that continues a model: a gate that has shut
-    passes too little gradient to open again."""
     accumulation: int = 1
     """Parts that the rows of a step are computed in (saves memory, changes nothing else)."""
     bf16: bool = True
@@ -151,8 +146,6 @@ class TrainConfig:
     """Steps between lines of the training log."""
 
     def __post_init__(self) -> None:
-        if not set(self.frozen) < set(COMPONENTS):
-            raise ValueError(f"frozen={self.frozen} must be some of {COMPONENTS}, and not all of them")
         if self.rows_per_step % self.accumulation:
             raise ValueError(
                 f"accumulation={self.accumulation} must divide rows_per_step={self.rows_per_step}"
@@ -240,25 +233,6 @@ PRESETS: dict[str, TrainConfig] = {
         max_steps=2500,
         curriculum=CurriculumConfig(stages=(Stage(path="memory", begin=0.0, weights=MORE_LOOKUPS),)),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50, decay=0.5),
-    ),
-    "demo-memory": TrainConfig(
-        model="demo",
-        sequence_length=512,
-        rows_per_step=8,
-        max_steps=800,
-        curriculum=CurriculumConfig(
-            stages=(
-                Stage(
-                    path="memory",
-                    begin=0.0,
-                    weights={**WITH_FACTS, "facts": 0.7},
-                    learning_rates={"workspace": 2.0, "memory": 2.0},
-                ),
-            )
-        ),
-        optimizer=OptimizerConfig(decay=0.3, warmup_steps=20),
-        frozen=("backbone",),
-        restart_memory=True,
     ),
     "29m": TrainConfig(
         model="29m",

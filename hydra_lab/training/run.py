@@ -17,7 +17,6 @@ from hydra_lab.data import DOMAINS, MixtureDataset, load_tokenizer
 from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.training import checkpoint
 from hydra_lab.training.export import earlier_runs, export_model, fold_scales, remember_run
-from hydra_lab.training.optimizer import freeze, restart_memory
 from hydra_lab.training.plan import TrainingPlan
 from hydra_lab.training.presets import TrainConfig, training_preset
 from hydra_lab.training.rows import StagedRows
@@ -89,12 +88,9 @@ def train(
     if init_from is not None:
         tokenizer = load_tokenizer(init_from)
         model = HydraForCausalLM.from_pretrained(init_from, dtype=torch.float32)
-        if config.restart_memory:
-            restart_memory(model)
     else:
         tokenizer = load_tokenizer(corpus / "tokenizer")
         model = HydraForCausalLM(_model_config(config.model, tokenizer))
-    freeze(model, config.frozen)
     stages = config.curriculum.stages
     num_rows = plan.max_steps * plan.rows_per_step
     weights = stages[0].weights

@@ -12,10 +12,8 @@ from hydra_lab.training.optimizer import (
     build_optimizer,
     build_scheduler,
     component_of,
-    freeze,
     move_scheduler,
     parameter_groups,
-    restart_memory,
 )
 from hydra_lab.training.plan import TrainingPlan
 from hydra_lab.training.presets import CurriculumConfig, OptimizerConfig, TrainConfig, staged
@@ -168,26 +166,3 @@ def test_state_of_unknown_parameters_is_refused(tmp_path: Path) -> None:
     save_optimizer(optimizer, tmp_path)
     with pytest.raises(ValueError, match=r"unknown parameters: \['model.other'\]"):
         load_optimizer(build_optimizer(nano(), CONFIG), tmp_path)
-
-
-def test_frozen_components_are_not_trained() -> None:
-    model = nano()
-    freeze(model, ("backbone", "workspace"))
-    trained = {group["component"] for group in parameter_groups(model, CONFIG)}
-    assert trained == {"memory"}
-
-
-def test_restarted_memory_is_half_open_and_silent() -> None:
-    model = nano()
-    memory = model.model.blocks[2].memory
-    with torch.no_grad():
-        memory.gate.bias.fill_(-5.0)
-        memory.out_proj.weight.normal_()
-    betas = []
-    memory.lookup.register_forward_hook(lambda _module, _inputs, lookup: betas.append(lookup.gate))
-    restart_memory(model)
-    ids = torch.arange(7)[None]
-    logits = model(ids).logits
-    with model.cut("memory"):
-        assert torch.equal(model(ids).logits, logits)
-    assert torch.equal(betas[0], torch.full_like(betas[0], 0.5))
