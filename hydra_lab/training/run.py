@@ -116,11 +116,15 @@ def train(
         return TrainResult(step=step, finished=False, model=None)
 
     fold_scales(model, trainer.curriculum.scales())
+    earlier = earlier_runs(out)
+    command = f"hydra-lab train --preset {preset} --seed {plan.seed} --max-steps {plan.max_steps}"
+    if earlier:
+        command += f" --init-from {earlier[-1]['preset']}/model"
     run = {
         "preset": preset,
         "seed": plan.seed,
-        "command": f"hydra-lab train --preset {preset} --seed {plan.seed} --max-steps {plan.max_steps}",
-        "earlier": earlier_runs(out),
+        "command": command,
+        "earlier": earlier,
         "steps": step,
         "tokens": trainer.state.num_input_tokens_seen,
         "seconds_of_last_session": round(time.time() - started),

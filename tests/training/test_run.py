@@ -163,7 +163,9 @@ def test_a_signal_saves_and_fewer_steps_end_the_run_with_a_decay(corpus: Path, t
 def test_a_run_from_given_weights_has_every_path_on(corpus: Path, whole: Path, tmp_path: Path) -> None:
     result = train("nano", tmp_path, corpus=corpus, init_from=whole / "model", max_steps=3, tensorboard=False)
     assert result.model is not None
-    (earlier,) = json.loads((result.model / "training.json").read_text())["earlier"]
+    made = json.loads((result.model / "training.json").read_text())
+    assert made["command"] == "hydra-lab train --preset nano --seed 0 --max-steps 3 --init-from nano/model"
+    (earlier,) = made["earlier"]
     assert earlier["command"] == "hydra-lab train --preset nano --seed 0 --max-steps 12"
     assert (result.model / "training_log.nano.jsonl").read_text() == (
         whole / "training_log.jsonl"
