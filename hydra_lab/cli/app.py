@@ -14,7 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Example: hydra-lab generate demo 'The capital of France is'",
+    epilog="Example: hydra-lab generate demo 'Q: capital of France? A:'",
 )
 
 

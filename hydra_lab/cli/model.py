@@ -91,7 +91,7 @@ def _print_accounting(name: str, result: "Accounting") -> None:
     print_table("Decode state of one sequence, fp32", columns, rows)
 
 
-@commands.command(epilog="Example: hydra-lab generate demo 'The capital of France is' --max-new-tokens 20")
+@commands.command(epilog="Example: hydra-lab generate demo 'Q: capital of France? A:' --max-new-tokens 20")
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
