@@ -1,13 +1,13 @@
 # `make setup` makes .venv once and refreshes it when pyproject.toml or constraints.txt change; all other targets
 # that need it do so themselves. Another interpreter: make setup PYTHON=python3.12
 PYTHON ?= python3
-EXTRAS := lab,train,scale,dev
+EXTRAS := lab,train,scale,kernels,dev
 PYTEST_WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dashboard notebook notebooks demo-model test test-lint test-types test-unit test-notebooks test-dashboard test-browser \
+.PHONY: help setup dashboard notebook notebooks demo-model test test-lint test-types test-unit test-kernels test-notebooks test-dashboard test-browser \
 	lint format constraints gpu-check clean
 
 help: ## show this list
@@ -31,9 +31,9 @@ notebook: $(STAMP) ## open the guided tour in JupyterLab
 	$(BIN)/hydra-lab notebook $(ARGS)
 
 # Each test process uses one thread: two processes with two threads each would fight over two cores.
-test-unit test-notebooks test-dashboard test-browser: export OMP_NUM_THREADS = 1
+test-unit test-kernels test-notebooks test-dashboard test-browser: export OMP_NUM_THREADS = 1
 
-test: test-lint test-types test-unit test-notebooks test-dashboard test-browser ## everything CI runs
+test: test-lint test-types test-unit test-kernels test-notebooks test-dashboard test-browser ## everything CI runs
 
 test-lint lint: $(STAMP) ## style and import direction
 	$(BIN)/ruff check .
@@ -44,7 +44,10 @@ test-types: $(STAMP) ## static types
 	$(BIN)/pyright
 
 test-unit: $(STAMP) ## unit and property tests
-	$(BIN)/pytest -n $(PYTEST_WORKERS) -m "not notebook and not dashboard and not browser" $(ARGS)
+	$(BIN)/pytest -n $(PYTEST_WORKERS) -m "not kernel and not notebook and not dashboard and not browser" $(ARGS)
+
+test-kernels: $(STAMP) ## the Triton kernels in the interpreter, and compiled for an H100
+	$(BIN)/pytest -n $(PYTEST_WORKERS) -m kernel $(ARGS)
 
 test-notebooks: $(STAMP) ## run the lessons from top to bottom
 	$(BIN)/pytest -m notebook $(ARGS)

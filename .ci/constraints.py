@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = "hydra-lab"
-EXTRAS = ("lab", "train", "scale", "dev")
+EXTRAS = ("lab", "train", "scale", "kernels", "dev")
 HEADER = """\
 # The versions that the tests run with. Written by `make constraints`; used by `make setup` as `pip install -c`.
 # Libraries that only a CUDA build of torch brings along are pinned by torch itself.

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1)
 
 TESTS = Path(__file__).resolve().parent
-MARKS = {"notebooks": "notebook", "dashboards": "dashboard", "browser": "browser"}
+MARKS = {"kernels": "kernel", "notebooks": "notebook", "dashboards": "dashboard", "browser": "browser"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # No deadline: a first call pays for imports and lazy initialisation. Same examples every run: a failure in CI is a

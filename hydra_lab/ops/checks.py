@@ -22,8 +22,3 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None], axes:
     if len(shape) != len(expected) or not sizes_agree:
         wanted = ", ".join("any" if size is None else str(size) for size in expected)
         raise ValueError(f"{name} must have shape {axes} = [{wanted}], got {list(shape)}")
-
-
-def unknown_backend(backend: str) -> ValueError:
-    """The error for a backend that an operation does not have."""
-    return ValueError(f"backend must be 'torch' or 'reference', got {backend!r}")

@@ -7,9 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from hydra_lab.ops.causal_conv import reference
-from hydra_lab.ops.causal_conv import torch as fast
-from hydra_lab.ops.checks import check_shape, unknown_backend
+from hydra_lab.ops.backend import Backend, implementation
+from hydra_lab.ops.checks import check_shape
 
 __all__ = ["causal_conv"]
 
@@ -22,7 +21,7 @@ def causal_conv(
     initial_state: Tensor | None = None,
     length: Tensor | None = None,
     activation: Literal["silu"] | None = None,
-    backend: Literal["torch", "reference"] = "torch",
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y_t = activation(bias + sum over w of weight[w] x_{t - (W - 1) + w})`, per channel.
 
@@ -33,7 +32,7 @@ def causal_conv(
         initial_state: [B, D, W - 1] the inputs before the first position, oldest first, or None for zeros.
         length: [B] integers in 0..L, valid positions of each row, or None where all are valid.
         activation: "silu" or None.
-        backend: "torch" or "reference".
+        backend: see `hydra_lab.ops.backend`; None for what `use_backend` says, else the fastest measured one.
 
     Returns:
         (y [B, L, D] in the dtype of `x_BLD`, meaningless past a row's length;
@@ -41,7 +40,7 @@ def causal_conv(
         the row has fewer).
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation or an unknown backend.
+        ValueError: shapes that do not fit, an unknown activation or a backend that cannot run this.
     """
     check_shape("x_BLD", x_BLD, (None, None, None), "[B, L, D]")
     rows, _, channels = x_BLD.shape
@@ -57,8 +56,5 @@ def causal_conv(
         check_shape("length", length, (rows,), "[B]")
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
-    if backend == "torch":
-        return fast.causal_conv(x_BLD, weight_DW, bias_D, initial_state, length, activation)
-    if backend == "reference":
-        return reference.causal_conv(x_BLD, weight_DW, bias_D, initial_state, length, activation)
-    raise unknown_backend(backend)
+    run = implementation("causal_conv", backend, x_BLD).causal_conv
+    return run(x_BLD, weight_DW, bias_D, initial_state, length, activation)

@@ -1,12 +1,9 @@
 """Mixture of SwiGLU experts in which all tokens of a chunk use the same experts."""
 
-from typing import Literal
-
 from torch import Tensor, int64
 
-from hydra_lab.ops.checks import check_shape, unknown_backend
-from hydra_lab.ops.chunk_moe import reference
-from hydra_lab.ops.chunk_moe import torch as fast
+from hydra_lab.ops.backend import Backend, implementation
+from hydra_lab.ops.checks import check_shape
 
 __all__ = ["chunk_moe"]
 
@@ -21,7 +18,7 @@ def chunk_moe(
     chunk_size: int,
     offset: Tensor | None = None,
     length: Tensor | None = None,
-    backend: Literal["torch", "reference"] = "torch",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Weighted sum of the outputs of the experts that each token's chunk chose.
 
@@ -39,7 +36,7 @@ def chunk_moe(
         chunk_size: tokens per chunk.
         offset: [B] position of each row's first token inside its first chunk (0 .. chunk_size-1); None for 0.
         length: [B] number of tokens of each row, at most L; the output is 0 beyond them. None for L.
-        backend: "torch" or "reference".
+        backend: see `hydra_lab.ops.backend`; None for what `use_backend` says, else the fastest measured one.
 
     Returns:
         [B, L, D], in the dtype of `x`.
@@ -74,10 +71,5 @@ def chunk_moe(
     lowest, highest = int(experts.min()), int(experts.max())
     if lowest < 0 or highest >= num_experts:
         raise ValueError(f"experts must lie in 0 .. {num_experts - 1}, got {lowest} .. {highest}")
-    if backend == "torch":
-        run = fast.chunk_moe
-    elif backend == "reference":
-        run = reference.chunk_moe
-    else:
-        raise unknown_backend(backend)
+    run = implementation("chunk_moe", backend, x).chunk_moe
     return run(x, experts, weights, w_gate_up, w_down, chunk_size=chunk_size, offset=offset, length=length)

@@ -4,13 +4,10 @@ Shape suffixes: B rows, L positions, H memory heads, K entries of the top-k, n h
 half-key.
 """
 
-from typing import Literal
-
 from torch import Tensor
 
-from hydra_lab.ops.checks import check_shape, unknown_backend
-from hydra_lab.ops.product_key import reference
-from hydra_lab.ops.product_key import torch as fast
+from hydra_lab.ops.backend import Backend, implementation
+from hydra_lab.ops.checks import check_shape
 
 __all__ = ["memory_read", "product_key_topk"]
 
@@ -21,7 +18,7 @@ def product_key_topk(
     keys2_Hnd: Tensor,
     *,
     top_k: int,
-    backend: Literal["torch", "reference"] = "torch",
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `top_k` keys with the largest `query[:d] . keys1[i1] + query[d:] . keys2[i2]`, among all n1 * n2 pairs.
 
@@ -33,14 +30,14 @@ def product_key_topk(
         keys1_Hnd: [H, n1, d] half-keys.
         keys2_Hnd: [H, n2, d] half-keys.
         top_k: keys to return, 1..n1 * n2.
-        backend: "torch" (halves first) or "reference" (all pairs).
+        backend: see `hydra_lab.ops.backend`; None for what `use_backend` says, else the fastest measured one.
 
     Returns:
         (addresses [B, L, H, top_k] int64 `i1 * n2 + i2`, scores [B, L, H, top_k] descending and differentiable).
         Among keys of equal score, which are returned and in which order is not defined.
 
     Raises:
-        ValueError: shapes that do not fit, top_k out of range, or an unknown backend.
+        ValueError: shapes that do not fit, top_k out of range, or a backend that cannot run this.
     """
     check_shape("keys1_Hnd", keys1_Hnd, (None, None, None), "[H, n1, d]")
     heads, n1, half = keys1_Hnd.shape
@@ -49,11 +46,8 @@ def product_key_topk(
     n2 = keys2_Hnd.shape[1]
     if not 1 <= top_k <= n1 * n2:
         raise ValueError(f"top_k must lie in 1..n1 * n2 = 1..{n1 * n2}, got {top_k}")
-    if backend == "torch":
-        return fast.product_key_topk(query_BLH2d, keys1_Hnd, keys2_Hnd, top_k)
-    if backend == "reference":
-        return reference.product_key_topk(query_BLH2d, keys1_Hnd, keys2_Hnd, top_k)
-    raise unknown_backend(backend)
+    run = implementation("product_key", backend, query_BLH2d).product_key_topk
+    return run(query_BLH2d, keys1_Hnd, keys2_Hnd, top_k)
 
 
 def memory_read(
@@ -61,7 +55,7 @@ def memory_read(
     weights: Tensor,
     values: Tensor,
     *,
-    backend: Literal["torch", "reference"] = "torch",
+    backend: Backend | None = None,
 ) -> Tensor:
     """The weighted sum of the addressed values, over heads and entries.
 
@@ -69,21 +63,17 @@ def memory_read(
         addresses: [B, L, H, K] int64 rows of `values`.
         weights: [B, L, H, K] weight of each.
         values: [n1 * n2, Dv] the memory.
-        backend: "torch" or "reference".
+        backend: as in `product_key_topk`.
 
     Returns:
         [B, L, Dv] in the dtype of `values`.
 
     Raises:
-        ValueError: shapes that do not fit, addresses that are not int64, or an unknown backend.
+        ValueError: shapes that do not fit, addresses that are not int64, or a backend that cannot run this.
     """
     check_shape("addresses", addresses, (None, None, None, None), "[B, L, H, K]")
     check_shape("weights", weights, tuple(addresses.shape), "[B, L, H, K]")
     check_shape("values", values, (None, None), "[n1 * n2, Dv]")
     if addresses.dtype.is_floating_point or addresses.dtype.itemsize != 8:
         raise ValueError(f"addresses must be int64, got {addresses.dtype}")
-    if backend == "torch":
-        return fast.memory_read(addresses, weights, values)
-    if backend == "reference":
-        return reference.memory_read(addresses, weights, values)
-    raise unknown_backend(backend)
+    return implementation("product_key", backend, values).memory_read(addresses, weights, values)

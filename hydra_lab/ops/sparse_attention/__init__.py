@@ -1,24 +1,20 @@
 """Causal attention over a sliding window, a sink block and selected earlier blocks, and their choice."""
 
-from types import ModuleType
-from typing import Literal
-
 from torch import Tensor, int64
 
-from hydra_lab.ops.checks import check_shape, unknown_backend
-from hydra_lab.ops.sparse_attention import reference
-from hydra_lab.ops.sparse_attention import torch as fast
+from hydra_lab.ops.backend import Backend, implementation
+from hydra_lab.ops.checks import check_shape
 
 __all__ = ["block_means", "select_blocks", "sparse_attention"]
 
 
-def block_means(k: Tensor, *, block_size: int, backend: Literal["torch", "reference"] = "torch") -> Tensor:
+def block_means(k: Tensor, *, block_size: int, backend: Backend | None = None) -> Tensor:
     """Mean key of each completed block, the summary that queries select blocks by.
 
     Args:
         k: [B, Lk, Hkv, d] keys at positions 0 .. Lk-1 of each row.
         block_size: tokens per block.
-        backend: "torch" or "reference".
+        backend: see `hydra_lab.ops.backend`; None for what `use_backend` says, else the fastest measured one.
 
     Returns:
         [B, Lk // block_size, Hkv, d]. The means of blocks that reach past a row's tokens are garbage;
@@ -27,10 +23,9 @@ def block_means(k: Tensor, *, block_size: int, backend: Literal["torch", "refere
     Raises:
         ValueError: a shape or an option does not fit.
     """
-    run = _backend(backend).block_means
     check_shape("k", k, (None, None, None, None), "[B, Lk, Hkv, d]")
     _at_least_one(block_size=block_size)
-    return run(k, block_size=block_size)
+    return implementation("select_blocks", backend, k).block_means(k, block_size=block_size)
 
 
 def select_blocks(
@@ -42,7 +37,7 @@ def select_blocks(
     block_size: int,
     num_selected: int,
     serves: int = 1,
-    backend: Literal["torch", "reference"] = "torch",
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Top-k earlier blocks of each query by the score `query . mean(key)`. Not differentiable.
 
@@ -59,7 +54,7 @@ def select_blocks(
         block_size: tokens per block.
         num_selected: K, blocks per query; may be 0.
         serves: tokens for which each query selects (its own and those up to the next query).
-        backend: "torch" or "reference".
+        backend: see `hydra_lab.ops.backend`; None for what `use_backend` says, else the fastest measured one.
 
     Returns:
         (blocks [B, Lq, Hkv, K] int64, best first, the lower index first where scores tie, -1 where fewer
@@ -68,13 +63,12 @@ def select_blocks(
     Raises:
         ValueError: a shape or an option does not fit.
     """
-    run = _backend(backend).select_blocks
     check_shape("key_means", key_means, (q.shape[0], None, None, q.shape[-1]), "[B, NB, Hkv, d]")
     _check_queries(q, start, key_means.shape[2])
     _at_least_one(window=window, block_size=block_size, serves=serves)
     if num_selected < 0:
         raise ValueError(f"num_selected must be at least 0, got {num_selected}")
-    return run(
+    return implementation("select_blocks", backend, q).select_blocks(
         q,
         key_means,
         start=start,
@@ -95,7 +89,7 @@ def sparse_attention(
     window: int,
     block_size: int,
     scale: float | None = None,
-    backend: Literal["torch", "reference"] = "torch",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Softmax attention of each query over its window, the sink block and the blocks given for it.
 
@@ -114,7 +108,7 @@ def sparse_attention(
         window: keys that a query sees in its window, itself included.
         block_size: tokens per block.
         scale: factor on the scores; None for `d ** -0.5`.
-        backend: "torch" or "reference".
+        backend: see `hydra_lab.ops.backend`; None for what `use_backend` says, else the fastest measured one.
 
     Returns:
         [B, Lq, Hq, d] in the dtype of `q`.
@@ -122,7 +116,6 @@ def sparse_attention(
     Raises:
         ValueError: a shape or an option does not fit, or `k` ends before the last query.
     """
-    run = _backend(backend).sparse_attention
     check_shape("k", k, (q.shape[0], None, None, q.shape[-1]), "[B, Lk, Hkv, d]")
     check_shape("v", v, k.shape, "[B, Lk, Hkv, d]")
     _check_queries(q, start, k.shape[2])
@@ -134,15 +127,8 @@ def sparse_attention(
         raise ValueError(f"k holds {k.shape[1]} positions, but the queries reach position {needed - 1}")
     _at_least_one(window=window, block_size=block_size)
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    run = implementation("sparse_attention", backend, q).sparse_attention
     return run(q, k, v, blocks, start=start, window=window, block_size=block_size, scale=scale)
-
-
-def _backend(name: str) -> ModuleType:
-    if name == "torch":
-        return fast
-    if name == "reference":
-        return reference
-    raise unknown_backend(name)
 
 
 def _check_queries(q: Tensor, start: Tensor | None, num_key_heads: int) -> None:

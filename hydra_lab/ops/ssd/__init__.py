@@ -4,18 +4,13 @@ Shape suffixes: B rows, L positions, C chunks, H heads, G groups of heads, P hea
 M any number of values that share a decay.
 """
 
-from typing import Literal
-
 from torch import Tensor
 
-from hydra_lab.ops.checks import check_shape, unknown_backend
-from hydra_lab.ops.ssd import reference
-from hydra_lab.ops.ssd import torch as fast
+from hydra_lab.ops.backend import Backend, implementation
+from hydra_lab.ops.checks import check_shape
 from hydra_lab.ops.ssd.output import SSDOutput as SSDOutput
 
 __all__ = ["SSDOutput", "ssd", "ssd_step", "state_passing"]
-
-Backend = Literal["torch", "reference"]
 
 
 def ssd(
@@ -29,7 +24,7 @@ def ssd(
     log_decay: Tensor | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-    backend: Backend = "torch",
+    backend: Backend | None = None,
 ) -> SSDOutput:
     """The state-space recurrence `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`, `y_t = h_t C_t + D x_t`.
 
@@ -47,13 +42,13 @@ def ssd(
             how an edited decay enters. None for `dt * A`.
         initial_state: [B, H, P, N] state before the first position, or None for zeros.
         chunk_size: positions computed in parallel; it changes the speed and the chunks of `chunk_states`, not `y`.
-        backend: "torch" (chunked) or "reference" (one position after another).
+        backend: see `hydra_lab.ops.backend`; None for what `use_backend` says, else the fastest measured one.
 
     Returns:
         Outputs `y` in the dtype of `x_BLHP`, and the states in float32 (float64 if an input is).
 
     Raises:
-        ValueError: shapes that do not fit, H not a multiple of G, chunk_size < 1, or an unknown backend.
+        ValueError: shapes that do not fit, H not a multiple of G, chunk_size < 1, or a backend that cannot run this.
     """
     check_shape("x_BLHP", x_BLHP, (None, None, None, None), "[B, L, H, P]")
     rows, length, heads, head_dim = x_BLHP.shape
@@ -68,11 +63,8 @@ def ssd(
         raise ValueError(f"x_BLHP must have at least one position, got shape {list(x_BLHP.shape)}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if backend == "torch":
-        return fast.ssd(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, log_decay, initial_state, chunk_size)
-    if backend == "reference":
-        return reference.ssd(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, log_decay, initial_state, chunk_size)
-    raise unknown_backend(backend)
+    run = implementation("ssd", backend, x_BLHP).ssd
+    return run(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, log_decay, initial_state, chunk_size)
 
 
 def ssd_step(
@@ -84,7 +76,7 @@ def ssd_step(
     state: Tensor,
     *,
     D: Tensor | None = None,
-    backend: Backend = "torch",
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of `ssd`: what decoding runs for each token.
 
@@ -96,13 +88,13 @@ def ssd_step(
         C_BGN: [B, G, N] output projection.
         state: [B, H, P, N] state before the step; it is not changed.
         D: [H] skip weights, or None.
-        backend: "torch" or "reference".
+        backend: as in `ssd`.
 
     Returns:
         (y [B, H, P] in the dtype of `x_BHP`, the new state [B, H, P, N]).
 
     Raises:
-        ValueError: shapes that do not fit, H not a multiple of G, or an unknown backend.
+        ValueError: shapes that do not fit, H not a multiple of G, or a backend that cannot run this.
     """
     check_shape("x_BHP", x_BHP, (None, None, None), "[B, H, P]")
     rows, heads, head_dim = x_BHP.shape
@@ -111,15 +103,11 @@ def ssd_step(
     check_shape("C_BGN", C_BGN, (rows, groups, state_dim), "[B, G, N]")
     check_shape("dt_BH", dt_BH, (rows, heads), "[B, H]")
     _check_heads(A_H, D, state, rows, heads, groups, head_dim, state_dim, state_name="state")
-    if backend == "torch":
-        return fast.ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, state, D)
-    if backend == "reference":
-        return reference.ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, state, D)
-    raise unknown_backend(backend)
+    return implementation("ssd", backend, x_BHP).ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, state, D)
 
 
 def state_passing(
-    update_BCHM: Tensor, log_decay_BCH: Tensor, initial_BHM: Tensor, *, backend: Backend = "torch"
+    update_BCHM: Tensor, log_decay_BCH: Tensor, initial_BHM: Tensor, *, backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]:
     """The recurrence over chunks `M_{c+1} = exp(log_decay_c) M_c + update_c`.
 
@@ -127,13 +115,13 @@ def state_passing(
         update_BCHM: [B, C, H, M] what each chunk adds, C >= 1.
         log_decay_BCH: [B, C, H] logarithm of what is kept over each chunk, at most 0.
         initial_BHM: [B, H, M] the value that enters the first chunk.
-        backend: "torch" (parallel within groups of chunks) or "reference" (one chunk after another).
+        backend: as in `ssd`; mamba_ssm has no such function.
 
     Returns:
         (entering [B, C, H, M], the value that each chunk starts from; final [B, H, M], the one after the last).
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown backend.
+        ValueError: shapes that do not fit, or a backend that cannot run this.
     """
     check_shape("update_BCHM", update_BCHM, (None, None, None, None), "[B, C, H, M]")
     rows, chunks, heads, values = update_BCHM.shape
@@ -141,11 +129,8 @@ def state_passing(
     check_shape("initial_BHM", initial_BHM, (rows, heads, values), "[B, H, M]")
     if chunks < 1:
         raise ValueError(f"update_BCHM must have at least one chunk, got shape {list(update_BCHM.shape)}")
-    if backend == "torch":
-        return fast.state_passing(update_BCHM, log_decay_BCH, initial_BHM)
-    if backend == "reference":
-        return reference.state_passing(update_BCHM, log_decay_BCH, initial_BHM)
-    raise unknown_backend(backend)
+    run = implementation("state_passing", backend, update_BCHM).state_passing
+    return run(update_BCHM, log_decay_BCH, initial_BHM)
 
 
 def _check_heads(
