@@ -10,8 +10,8 @@ from hydra_lab.nn.block import BlockState
 class HydraCache:
     """State of every path of every block, and how many tokens each row has seen.
 
-    Constant in size but for the attention path's keys and values. Tensors are replaced, never written in place, so
-    a `copy()` stays what it was.
+    Constant in size but for the attention path's keys and values. Tensors are replaced, or written only where no other
+    cache looks (`hydra_lab.nn.attention.Storage`), so a `copy()` stays what it was.
 
     Attributes:
         states: per block, the state of each of its paths.
@@ -60,4 +60,9 @@ def _tensors(state: Any) -> list[Tensor]:
 
 
 def _index(state: Any, rows: Tensor) -> Any:
-    return type(state)(*(field.index_select(0, rows.to(field.device)) for field in state))
+    tensors = {
+        name: field.index_select(0, rows.to(field.device))
+        for name, field in state._asdict().items()
+        if isinstance(field, Tensor)
+    }
+    return state._replace(**tensors)

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 CHUNK_POOLINGS = ("ema", "first", "mean")
 SELECTIONS = ("token", "tile")
+OPS_BACKENDS = ("auto", "torch", "triton", "mamba_ssm", "reference")
 
 
 @strict
@@ -43,6 +44,9 @@ class HydraConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     use_cache: bool = True
     """Whether `generate` keeps the decode state."""
+    ops_backend: str = "auto"
+    """Implementation of the operations: `auto` (the fastest measured one on the device), `torch`, `triton`, `mamba_ssm` or
+    `reference`. A `hydra_lab.ops.use_backend` block around the model goes before it."""
 
     ssm_state_size: int = 64
     """State size N per channel of a head (Mamba-2)."""
@@ -207,6 +211,8 @@ class HydraConfig(PreTrainedConfig):
             raise ValueError(
                 f"attention_head_dim={self.attention_head_dim} must be even with rotary embeddings"
             )
+        if self.ops_backend not in OPS_BACKENDS:
+            raise ValueError(f"ops_backend={self.ops_backend!r} is not one of {OPS_BACKENDS}")
         if self.attention_selection not in SELECTIONS:
             raise ValueError(f"attention_selection={self.attention_selection!r} is not one of {SELECTIONS}")
         if self.moe_chunk_pooling not in CHUNK_POOLINGS:

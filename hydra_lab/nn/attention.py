@@ -12,13 +12,26 @@ from hydra_lab.ops.sparse_attention import block_means, select_blocks, sparse_at
 from hydra_lab.taps import Selection, Tap
 
 
+class Storage:
+    """Says which state may write behind its tokens in the tensors that several states share.
+
+    A state and its copy share memory. The first of them that is continued writes in place, where the other does not
+    look, and takes its turn; the other finds that its turn is over and moves to memory of its own.
+    """
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+
 class AttentionState(NamedTuple):
-    """What the path keeps of earlier tokens; row b's token at absolute position p lies at index p.
+    """What the path keeps of earlier tokens; row b's token at absolute position p lies at index p. What lies behind a
+    row's last token is not this state's.
 
     Attributes:
         keys, values: [B, capacity, H_kv, d].
         key_means: [B, capacity / block, H_kv, d] mean key of every complete block.
         tile_blocks, tile_scores: [B, H_kv, K] selection of the tile that is open (tile selection only).
+        storage, turn: this state may write into its tensors as long as `storage.turn == turn`.
     """
 
     keys: Tensor
@@ -26,6 +39,8 @@ class AttentionState(NamedTuple):
     key_means: Tensor
     tile_blocks: Tensor
     tile_scores: Tensor
+    storage: Storage
+    turn: int
 
 
 class AttentionPath(nn.Module):
@@ -59,8 +74,9 @@ class AttentionPath(nn.Module):
             query, key = (rotate(x, positions_BL, self.rope_theta) for x in (query, key))
         if state is None and not keep_state:
             keys, values, key_means = key, value, block_means(key, block_size=self.block_size)
+            storage = Storage()
         else:
-            keys, values, key_means = self._append(key, value, span, state)
+            keys, values, key_means, storage = self._append(key, value, span, state)
 
         selection: Selection = self.selection(self._select(query, key_means, span, state))
         out = sparse_attention(
@@ -81,7 +97,9 @@ class AttentionPath(nn.Module):
                 empty = (span.length == 0)[:, None, None]
                 tile_blocks = torch.where(empty, state.tile_blocks, tile_blocks)
                 tile_scores = torch.where(empty, state.tile_scores, tile_scores)
-            new_state = AttentionState(keys, values, key_means, tile_blocks, tile_scores)
+            new_state = AttentionState(
+                keys, values, key_means, tile_blocks, tile_scores, storage, storage.turn
+            )
         return self.o_proj(out.flatten(-2)), new_state
 
     def _select(
@@ -118,7 +136,7 @@ class AttentionPath(nn.Module):
 
     def _append(
         self, key: Tensor, value: Tensor, span: Span, state: AttentionState | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Storage]:
         """Write the piece's keys and values behind the earlier ones and refresh the means of the blocks touched."""
         batch, size = key.shape[:2]
         positions_BL = span.positions(key.device).expand(batch, -1)
@@ -126,8 +144,15 @@ class AttentionPath(nn.Module):
         capacity = 0 if state is None else state.keys.shape[1]
         grown = capacity
         if needed > capacity:
-            grown = max(needed, 2 * capacity)
+            grown = max(needed, capacity + capacity // 4)
             grown = -(-grown // self.block_size) * self.block_size
+        if state is not None and grown == capacity and _may_write(state):
+            storage = state.storage
+            storage.turn += 1
+            write = Tensor.scatter_
+        else:
+            storage = Storage()
+            write = Tensor.scatter
         keys, values = (
             _grow(None if state is None else old, new, grown)
             for old, new in ((state and state.keys, key), (state and state.values, value))
@@ -138,8 +163,7 @@ class AttentionPath(nn.Module):
             key = torch.where(span.valid_BL[..., None, None], key, key.new_zeros(()))
             value = torch.where(span.valid_BL[..., None, None], value, value.new_zeros(()))
         index = positions_BL[..., None, None].expand(-1, -1, *key.shape[2:])
-        keys = keys.scatter(1, index, key)
-        values = values.scatter(1, index, value)
+        keys, values = write(keys, 1, index, key), write(values, 1, index, value)
 
         first_block_B = positions_BL[:, 0] // self.block_size
         touched = torch.arange((size - 1) // self.block_size + 2, device=key.device)
@@ -149,8 +173,14 @@ class AttentionPath(nn.Module):
         ).flatten(1)
         gathered = keys.gather(1, cells[..., None, None].expand(-1, -1, *key.shape[2:]))
         means = block_means(gathered, block_size=self.block_size)
-        key_means = key_means.scatter(1, blocks_BM[..., None, None].expand(-1, -1, *key.shape[2:]), means)
-        return keys, values, key_means
+        index = blocks_BM[..., None, None].expand(-1, -1, *key.shape[2:])
+        return keys, values, write(key_means, 1, index, means), storage
+
+
+def _may_write(state: AttentionState) -> bool:
+    """Whether the state's tensors may be written in place: it is its turn, and no gradient needs the old values."""
+    writable = torch.is_inference_mode_enabled() or not state.keys.is_inference()
+    return state.turn == state.storage.turn and writable and not torch.is_grad_enabled()
 
 
 def _grow(old: Tensor | None, like: Tensor, capacity: int) -> Tensor:

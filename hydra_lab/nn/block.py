@@ -1,7 +1,7 @@
 """One block: `y = x + sum over paths p of g_p * path_p(RMSNorm(x))`."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from hydra_lab.nn.memory import MemoryPath
 from hydra_lab.nn.moe import AuxiliaryLosses, MoEPath
 from hydra_lab.nn.ssm import SSMPath
 from hydra_lab.nn.workspace import WorkspacePath
+from hydra_lab.ops.backend import Backend, default_backend
 from hydra_lab.taps import PATHS
 
 PATH_MODULES: dict[str, type[nn.Module]] = {
@@ -72,6 +73,7 @@ class HydraBlock(GradientCheckpointingLayer):
     def __init__(self, config: HydraConfig, index: int) -> None:
         super().__init__()
         self.index = index
+        self.ops_backend = cast(Backend, config.ops_backend)
         self.paths = tuple(path for path in PATHS if index in config.layers_with(path))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         for path in self.paths:
@@ -83,6 +85,10 @@ class HydraBlock(GradientCheckpointingLayer):
         self.path_scale = dict.fromkeys(self.paths, 1.0)
 
     def forward(self, residual_BLD: Tensor, step: Pass) -> Tensor:
+        with default_backend(self.ops_backend):
+            return self._add_paths(residual_BLD, step)
+
+    def _add_paths(self, residual_BLD: Tensor, step: Pass) -> Tensor:
         hidden = self.norm(residual_BLD)
         states = None if step.states is None else step.states[self.index]
         out = residual_BLD

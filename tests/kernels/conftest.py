@@ -1,4 +1,4 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter; outputs are poisoned before they are written."""
+"""Kernels run on a GPU where there is one, else in Triton's interpreter, and write into poisoned memory."""
 
 import os
 from collections.abc import Iterator

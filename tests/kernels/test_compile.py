@@ -1,4 +1,4 @@
-"""Every kernel compiles for an H100 on a machine without a GPU, on tensor cores where it should, and keeps its registers."""
+"""Every kernel compiles for an H100 without one, on tensor cores where it should, and keeps its registers."""
 
 import json
 import os
