@@ -121,7 +121,7 @@ def implementation(operation: str, backend: Backend | None, like: Tensor) -> Mod
     _check_name(backend)
     if backend == "auto":
         backend = fastest(operation, like)
-    elif (reason := _why_not(operation, backend, like.device.type, like.dtype)) is not None:
+    elif (reason := unavailable(operation, backend, like.device, like.dtype)) is not None:
         raise ValueError(f"backend {backend!r} cannot run {operation} here: {reason}")
     return importlib.import_module(f"hydra_lab.ops.{PACKAGES[operation]}.{_MODULES[backend]}")
 
@@ -134,7 +134,7 @@ def fastest(operation: str, like: Tensor) -> Backend:
     able = {
         backend: time
         for backend, time in milliseconds.items()
-        if backend in BACKENDS and _why_not(operation, backend, "cuda", like.dtype) is None
+        if backend in BACKENDS and unavailable(operation, backend, like.device, like.dtype) is None
     }
     return cast(Backend, min(able, key=lambda backend: able[backend])) if able else "torch"
 
@@ -159,7 +159,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _why_not(operation: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+def unavailable(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `operation` on a device and in a dtype; None where it can."""
     if backend in ("torch", "reference"):
         return None
@@ -167,8 +167,8 @@ def _why_not(operation: str, backend: str, device: str, dtype: torch.dtype) -> s
         return f"mamba_ssm has only {', '.join(MAMBA_OPERATIONS)}"
     if dtype == torch.float64:
         return "it has no float64"
-    if device != "cuda" and not (backend == "triton" and interpreting()):
-        return f"it needs a CUDA device, and the tensors are on {device!r}"
+    if device.type != "cuda" and not (backend == "triton" and interpreting()):
+        return f"it needs a CUDA device, and the tensors are on {device.type!r}"
     wanted = {"triton": "triton", "mamba_ssm": "causal_conv1d" if operation == "causal_conv" else "mamba_ssm"}
     if not _installed(wanted[backend]):
         return f"{wanted[backend]} is not installed"
