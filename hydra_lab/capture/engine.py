@@ -30,6 +30,7 @@ from hydra_lab.capture.record import record
 from hydra_lab.capture.sources import Inspection, Source, Window, find_sources, inspect, windows
 from hydra_lab.capture.store import Capture, CaptureWriter, open_capture
 from hydra_lab.modeling import HydraForCausalLM
+from hydra_lab.ops.backend import current_backends, default_backend
 
 COMMIT_TOKENS = 1 << 15
 """Tokens per commit, about: the work that a kill can lose, and the size of the arrays' chunks."""
@@ -212,7 +213,7 @@ def describe_model(model: HydraForCausalLM, tokenizer: Any) -> dict[str, Any]:
         "weights_sha256": weights.hexdigest(),
         "tokenizer_name": tokenizer.name_or_path,
         "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "backend": "torch",
+        "backend": _backends(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {
             "python": platform.python_version(),
@@ -222,6 +223,12 @@ def describe_model(model: HydraForCausalLM, tokenizer: Any) -> dict[str, Any]:
             },
         },
     }
+
+
+def _backends(model: HydraForCausalLM) -> str:
+    """The backends that the model's operations run on, such as "torch" or "torch, triton"."""
+    with default_backend(model.config.ops_backend):
+        return ", ".join(sorted(set(current_backends(next(model.parameters())).values())))
 
 
 def _describe_sources(sources: Sequence[Source], inspection: Inspection) -> dict[str, Any]:

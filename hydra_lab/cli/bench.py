@@ -230,13 +230,13 @@ def _print_throughput(result: "BenchResult") -> None:
         [
             f"{row['phase']} {row['context']:,}, {row['model']}",
             f"{row['tokens_per_second']:,.0f}",
-            f"{row['tokens_per_second_q25']:,.0f} to {row['tokens_per_second_q75']:,.0f}",
+            f"{row['tokens_per_second_q25']:,.0f}-{row['tokens_per_second_q75']:,.0f}",
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}",
             _times(row["hydra_times_faster"]),
         ]
         for row in result.rows
     ]
-    columns = ["", "tokens/s", "quartiles", "peak GiB", "Hydra is faster by"]
+    columns = ["", "tokens/s", "quartiles", "peak GiB", "Hydra faster by"]
     print_table("Throughput, batch 1", columns, rows)
     for peer, found in result.findings["crossover"].items():
         print(
@@ -253,30 +253,21 @@ def _print_throughput(result: "BenchResult") -> None:
 
 
 def _print_kernels(result: "BenchResult") -> None:
-    rows = [
-        [
-            f"{row['operation']} {row['length']:,}",
-            row["direction"],
-            row["contestant"],
-            f"{row['ms']:.3g}",
-            f"{row['ms_q25']:.3g} to {row['ms_q75']:.3g}",
-            "" if row["over_torch"] is None else f"{row['over_torch']['value']:.2f}",
-            f"{row['of_matmul']:.0%}",
-            "" if row["of_copy"] is None else f"{row['of_copy']:.0%}",
+    for direction in dict.fromkeys(row["direction"] for row in result.rows):
+        rows = [
+            [
+                f"{row['operation']} {row['length']:,}: {row['contestant']}",
+                f"{row['ms']:.3g}",
+                f"{row['ms_q25']:.3g}-{row['ms_q75']:.3g}",
+                "" if row["over_torch"] is None else f"{row['over_torch']['value']:.2f}",
+                f"{row['of_matmul']:.0%}",
+                "" if row["of_copy"] is None else f"{row['of_copy']:.0%}",
+            ]
+            for row in result.rows
+            if row["direction"] == direction
         ]
-        for row in result.rows
-    ]
-    columns = [
-        "operation",
-        "direction",
-        "contestant",
-        "ms",
-        "quartiles",
-        "over torch",
-        "of matmul",
-        "of copy",
-    ]
-    print_table("Operations, batch 1", columns, rows)
+        columns = ["", "ms", "quartiles", "x torch", "of matmul", "of copy"]
+        print_table(f"Operations, {direction}, batch 1", columns, rows)
 
 
 def _print_capture(result: "BenchResult") -> None:
@@ -301,9 +292,10 @@ def _print_goals(result: "BenchResult") -> None:
         interval = "" if goal.low == goal.high else f" (95% interval {goal.low:.3g} to {goal.high:.3g})"
         verdict = "reached" if goal.reached else "MISSED"
         print(f"{verdict}: {goal.measure}: {goal.value:.3g}{interval}; goal: {goal.goal}")
-    for name, reason in result.skipped.items():
-        print(f"not measured: {name}: {reason}")
+    for reason in dict.fromkeys(result.skipped.values()):
+        names = [name for name, given in result.skipped.items() if given == reason]
+        print(f"not measured ({reason}): {', '.join(names)}")
 
 
 def _times(ratio: dict[str, Any] | None) -> str:
-    return "" if ratio is None else f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    return "" if ratio is None else f"{ratio['value']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})"

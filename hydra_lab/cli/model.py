@@ -189,11 +189,30 @@ def info(
         "training": _json_file(directory / "training.json"),
         "evaluation": _json_file(directory / "evaluation.json"),
         "path_use": None if use is None else use.to_dict(),
+        "operations": _operations(config),
     }
     if as_json:
         print_json(result)
     else:
         _print_info(result, use)
+
+
+def _operations(config: "HydraConfig") -> list[dict[str, Any]]:
+    """Which backend each operation runs on, on each device of this machine, with the times that `auto` chose by."""
+    import torch
+
+    from hydra_lab.ops.backend import current_backends, default_backend, device_name, measured_times
+
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    rows: list[dict[str, Any]] = []
+    for device in devices:
+        name = device_name(device)
+        with default_backend(config.ops_backend):
+            chosen = current_backends(torch.empty(0, device=device))
+        for operation, backend in chosen.items():
+            times = measured_times(name).get(operation)
+            rows.append({"device": name, "operation": operation, "backend": backend, "milliseconds": times})
+    return rows
 
 
 def _measure(model: str, text: list[Path], corpus: Path | None, num_samples: int) -> "PathUse":
@@ -276,6 +295,13 @@ def _print_info(result: dict[str, Any], use: "PathUse | None") -> None:
             for row in result["evaluation"]["answers"]
         ]
         print_table("Answers", ["questions", "right", "chance", "n"], rows)
+    for device in dict.fromkeys(row["device"] for row in result["operations"]):
+        rows = [
+            [row["operation"], row["backend"], _milliseconds(row["milliseconds"])]
+            for row in result["operations"]
+            if row["device"] == device
+        ]
+        print_table(f"Operations on {device}", ["operation", "backend", "measured, ms"], rows)
     if use is None:
         print("No path use was recorded with this model: measure it with --text FILE or --corpus DIR.")
     else:
@@ -304,6 +330,14 @@ def _print_path_use(use: "PathUse") -> None:
     )
     for path in use.paths:
         print(use.describe(path))
+
+
+def _milliseconds(times: dict[str, float] | None) -> str:
+    if times is None:
+        return "not measured (hydra-lab bench kernels --record)"
+    return ", ".join(
+        f"{backend} {time:.3g}" for backend, time in sorted(times.items(), key=lambda each: each[1])
+    )
 
 
 def _number(value: float, form: str) -> str:

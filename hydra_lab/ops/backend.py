@@ -53,7 +53,7 @@ _asked: ContextVar[dict[str, Backend] | None] = ContextVar("hydra_lab_backend", 
 
 
 @contextmanager
-def use_backend(backend: Backend = "auto", /, **operations: Backend) -> Iterator[None]:
+def use_backend(backend: Backend | None = None, /, **operations: Backend) -> Iterator[None]:
     """Within the block, run operations on this backend, unless a call names its own.
 
     Blocks nest, and the innermost counts. The choice holds for this thread only. A backward pass runs on the backend of
@@ -61,7 +61,8 @@ def use_backend(backend: Backend = "auto", /, **operations: Backend) -> Iterator
     `backward` inside the block too, or set `HydraConfig.ops_backend`.
 
     Args:
-        backend: for all operations; `mamba_ssm` for the two that it has, the others stay as they were.
+        backend: for all operations; `mamba_ssm` for the two that it has, the others stay as they were. None leaves all
+            as they were.
         operations: backend of single operations, such as `ssd="mamba_ssm"`.
 
     Raises:
@@ -85,11 +86,13 @@ def default_backend(backend: Backend) -> Iterator[None]:
 
 
 def _with_choices(
-    earlier: dict[str, Backend], backend: Backend, operations: dict[str, Backend]
+    earlier: dict[str, Backend], backend: Backend | None, operations: dict[str, Backend]
 ) -> dict[str, Backend]:
-    _check_name(backend)
-    affected = MAMBA_OPERATIONS if backend == "mamba_ssm" else tuple(PACKAGES)
-    chosen = earlier | dict.fromkeys(affected, backend)
+    chosen = dict(earlier)
+    if backend is not None:
+        _check_name(backend)
+        affected = MAMBA_OPERATIONS if backend == "mamba_ssm" else tuple(PACKAGES)
+        chosen |= dict.fromkeys(affected, backend)
     for operation, choice in operations.items():
         if operation not in PACKAGES:
             raise ValueError(f"operation {operation!r} is not one of {', '.join(PACKAGES)}")
@@ -137,6 +140,16 @@ def fastest(operation: str, like: Tensor) -> Backend:
         if backend in BACKENDS and unavailable(operation, backend, like.device, like.dtype) is None
     }
     return cast(Backend, min(able, key=lambda backend: able[backend])) if able else "torch"
+
+
+def current_backends(like: Tensor) -> dict[str, Backend]:
+    """What each operation would run on now, for a tensor on the device and in the dtype of `like`."""
+    asked = _asked.get() or {}
+    chosen: dict[str, Backend] = {}
+    for operation in PACKAGES:
+        backend = asked.get(operation, "auto")
+        chosen[operation] = fastest(operation, like) if backend == "auto" else backend
+    return chosen
 
 
 def device_name(device: torch.device) -> str:
