@@ -21,11 +21,21 @@ class Span:
         size: L, the width of the piece.
         start: [B] absolute position of each row's first token; None means 0 everywhere.
         length: [B] tokens present in each row, the rest is padding on the right; None means L everywhere.
+        bound: a number that no position of the piece reaches, where the caller knows one; it saves waiting for the
+            device to hear it.
     """
 
     size: int
     start: Tensor | None = None
     length: Tensor | None = None
+    bound: int | None = None
+
+    @property
+    def end(self) -> int:
+        """A number that no position of the piece reaches: `bound`, or else the least such number."""
+        if self.bound is not None:
+            return self.bound
+        return self.size if self.start is None else int(self.start.max()) + self.size
 
     @cached_property
     def valid_BL(self) -> Tensor | None:
@@ -59,8 +69,10 @@ class ChunkGrid:
         self.batch = batch
         self.device = device
         self.offset_B = None if span.start is None else span.start % chunk_size
-        longest_offset = 0 if self.offset_B is None else int(self.offset_B.max())
-        self.num_chunks = -(-(longest_offset + span.size) // chunk_size)
+        if self.offset_B is None or span.size == 1:
+            self.num_chunks = -(-span.size // chunk_size)
+        else:
+            self.num_chunks = -(-(int(self.offset_B.max()) + span.size) // chunk_size)
 
     @cached_property
     def chunk_of_BL(self) -> Tensor:

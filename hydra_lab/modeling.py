@@ -159,7 +159,8 @@ class HydraModel(HydraPreTrainedModel):
             order, length = front_order(attention_mask[:, -size:].bool())
         if order is not None:
             hidden = hidden.gather(1, order[..., None].expand_as(hidden))
-        span = Span(size, None if cache is None else cache.lengths, length)
+        start, seen_columns = (None, 0) if cache is None else (cache.lengths, cache.columns)
+        span = Span(size, start, length, bound=seen_columns + size)
         step = Pass(span, None if cache is None else [dict(state) for state in cache.states])
 
         seen = [hidden] if output_hidden_states else None

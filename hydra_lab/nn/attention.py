@@ -42,6 +42,18 @@ class AttentionState(NamedTuple):
     storage: Storage
     turn: int
 
+    def with_capacity(self, tokens: int) -> "AttentionState":
+        """This state in memory of its own, where at least so many tokens fit."""
+        block = self.keys.shape[1] // self.key_means.shape[1]
+        blocks = max(-(-tokens // block), self.key_means.shape[1])
+        return self._replace(
+            keys=_grow(self.keys, self.keys, blocks * block).clone(),
+            values=_grow(self.values, self.values, blocks * block).clone(),
+            key_means=_grow(self.key_means, self.key_means, blocks).clone(),
+            storage=(storage := Storage()),
+            turn=storage.turn,
+        )
+
 
 class AttentionPath(nn.Module):
     """Grouped-query attention in which a query sees its window, the first block and the top-k complete earlier
@@ -87,7 +99,7 @@ class AttentionPath(nn.Module):
             start=span.start,
             window=self.window,
             block_size=self.block_size,
-        )
+        ).y
         new_state = None
         if keep_state:
             last_B = span.last_index(query.shape[0], query.device).clamp(min=0)
@@ -140,7 +152,7 @@ class AttentionPath(nn.Module):
         """Write the piece's keys and values behind the earlier ones and refresh the means of the blocks touched."""
         batch, size = key.shape[:2]
         positions_BL = span.positions(key.device).expand(batch, -1)
-        needed = int(positions_BL[:, -1].max()) + 1
+        needed = span.end
         capacity = 0 if state is None else state.keys.shape[1]
         grown = capacity
         if needed > capacity:
