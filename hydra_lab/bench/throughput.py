@@ -1,6 +1,7 @@
 """`hydra-lab bench throughput`: tokens per second and memory of Hydra and of its peers, by context length."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,16 +9,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from hydra_lab.accounting import account
 from hydra_lab.bench.ceilings import matmul_rate
 from hydra_lab.bench.environment import describe_environment
 from hydra_lab.bench.peers import build, num_parameters, peer_configs
 from hydra_lab.bench.result import BenchResult, Goal
-from hydra_lab.bench.timing import Progress, Timing, peak_memory, ratio, resampled_medians, take_turns
+from hydra_lab.bench.timing import (
+    Progress,
+    Timing,
+    peak_memory,
+    ratio,
+    resampled_medians,
+    synchronize,
+    take_turns,
+)
 from hydra_lab.config import HydraConfig
+from hydra_lab.decoding import DecodeGraph
+from hydra_lab.ops import use_backend
+from hydra_lab.taps import PATHS
 
 GIB = 1 << 30
+
+GRAPH = "hydra, captured graph"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +76,12 @@ def measure_throughput(plan: ThroughputPlan, progress: Progress) -> BenchResult:
         for context in plan.contexts:
             bench.prefill(context)
         bench.decode()
-    findings: dict[str, Any] = {"crossover": bench.crossovers()}
+    findings: dict[str, Any] = {
+        "crossover": bench.crossovers(),
+        "time": [
+            time_by_path(models["hydra"], bench.ids[:, :context], plan, progress) for context in plan.contexts
+        ],
+    }
     if plan.training_context is not None:
         hydra = configs["hydra"]
         assert isinstance(hydra, HydraConfig)
@@ -147,11 +167,15 @@ class _Throughput:
         return self.prefills[name, earlier[-1]].median * (context / earlier[-1]) ** 2
 
     def decode(self) -> None:
-        """Time single tokens behind every context, contexts and models taking turns."""
-        calls = {
-            f"{name}@{context}": partial(self._run_decode, name, context) for name, context in self.caches
-        }
-        keys = dict(zip(calls, self.caches, strict=True))
+        """Time single tokens behind every context, contexts and models taking turns; on a GPU also as a graph."""
+        calls: dict[str, Callable[[], Any]] = {}
+        keys: dict[str, tuple[str, int]] = {}
+        for name, context in self.caches:
+            keys[f"{name}@{context}"] = name, context
+            calls[f"{name}@{context}"] = partial(self._run_decode, name, context)
+            if name == "hydra" and self.plan.device.type == "cuda":
+                keys[f"{GRAPH}@{context}"] = GRAPH, context
+                calls[f"{GRAPH}@{context}"] = partial(self._graph(context).step, self.ids[:, :1])
         timings = take_turns(
             calls,
             device=self.plan.device,
@@ -163,6 +187,14 @@ class _Throughput:
             self.decodes[name, context] = timing
             self._add_row("decode", name, context, timing, tokens=1)
         self.caches.clear()
+
+    def _graph(self, context: int) -> DecodeGraph:
+        """Hydra's decode step behind a context, captured on the Triton backend."""
+        model = self.models["hydra"]
+        with use_backend("triton"):
+            return DecodeGraph(
+                model, self.caches["hydra", context].past_key_values, self.plan.decode_steps + 1
+            )
 
     def _run_decode(self, name: str, context: int) -> None:
         out = self.caches[name, context]
@@ -178,7 +210,7 @@ class _Throughput:
             {
                 "phase": phase,
                 "model": name,
-                "parameters": self.parameters[name],
+                "parameters": self.parameters["hydra" if name == GRAPH else name],
                 "context": context,
                 "tokens_per_second": tokens / timing.median,
                 "tokens_per_second_q25": tokens / high,
@@ -240,6 +272,67 @@ class _Throughput:
             measure = "29m peak memory of a prefill of 65,536 tokens above the weights, GiB"
             goals.append(Goal(measure, "under 2 GB", gib, gib, gib, peak < 2e9))
         return goals
+
+
+def time_by_path(model: Any, ids: Tensor, plan: ThroughputPlan, progress: Progress) -> dict[str, Any]:
+    """Where the time of a prefill goes: seconds in each path over all blocks, and in the rest, medians over rounds.
+
+    Returns:
+        `context`; `seconds` by path, with `rest` (embedding, norms, sums, head) and `total`; `flops` of the prefill and
+        `of_matmul`, their rate over what a matmul reaches on the device.
+    """
+    context = ids.shape[1]
+    clock = _PathClock(plan.device)
+    handles = [
+        handle for block in model.model.blocks for path in block.paths for handle in clock.watch(block, path)
+    ]
+    rounds: list[dict[str, float]] = []
+    try:
+        for turn in range(plan.rounds):
+            progress(f"time by path at {context:,}: round {turn + 1} of {plan.rounds}")
+            clock.seconds = dict.fromkeys(PATHS, 0.0)
+            begin = clock.now()
+            with torch.no_grad():
+                model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            total = clock.now() - begin
+            rounds.append({**clock.seconds, "rest": total - sum(clock.seconds.values()), "total": total})
+    finally:
+        for handle in handles:
+            handle.remove()
+    seconds = {part: float(np.median([each[part] for each in rounds])) for part in rounds[0]}
+    flops = account(model.config, (context,)).flops[0].prefill * context
+    rate = matmul_rate(plan.device, plan.dtype)
+    return {
+        "context": context,
+        "seconds": seconds,
+        "flops": flops,
+        "of_matmul": flops / seconds["total"] / rate,
+    }
+
+
+class _PathClock:
+    """Adds up the time between a path's begin and its end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.begin = 0.0
+
+    def now(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+    def watch(self, block: nn.Module, path: str) -> list[Any]:
+        """Hooks on one path of one block."""
+        module = getattr(block, path)
+
+        def start(*_: Any) -> None:
+            self.begin = self.now()
+
+        def stop(*_: Any) -> None:
+            self.seconds[path] += self.now() - self.begin
+
+        return [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
 
 
 def _tell(progress: Progress, prefix: str, what: str) -> None:

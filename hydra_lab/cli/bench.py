@@ -243,6 +243,17 @@ def _print_throughput(result: "BenchResult") -> None:
             f"Hydra's prefill is faster than {peer} from {found['value']:,.0f} tokens "
             f"(95% interval {found['low']:,.0f} to {found['high']:,.0f}; {found['note']})"
         )
+    parts = list(result.findings["time"][0]["seconds"])
+    rows = [
+        [
+            f"{found['context']:,}",
+            *(f"{found['seconds'][part] / found['seconds']['total']:.0%}" for part in parts[:-1]),
+            f"{found['seconds']['total'] * 1e3:,.0f}",
+            f"{found['of_matmul']:.0%}",
+        ]
+        for found in result.findings["time"]
+    ]
+    print_table("Where Hydra's prefill spends its time", ["context", *parts[:-1], "ms", "of matmul"], rows)
     training = result.findings.get("training")
     if training is not None:
         print(
@@ -273,18 +284,15 @@ def _print_kernels(result: "BenchResult") -> None:
 def _print_capture(result: "BenchResult") -> None:
     rows = [
         [
-            row["subject"],
-            row["contestant"],
+            f"{row['subject']}: {row['contestant']}",
             f"{row['ms']:.3g}",
-            f"{row['ms_q25']:.3g} to {row['ms_q75']:.3g}",
+            f"{row['ms_q25']:.3g}-{row['ms_q75']:.3g}",
             f"{row['over_plain']['value'] - 1:+.1%}",
             f"{row['over_plain']['low'] - 1:+.1%} to {row['over_plain']['high'] - 1:+.1%}",
         ]
         for row in result.rows
     ]
-    print_table(
-        "What looking costs", ["subject", "contestant", "ms", "quartiles", "more", "95% interval"], rows
-    )
+    print_table("What looking costs", ["", "ms", "quartiles", "more", "95% interval"], rows)
 
 
 def _print_goals(result: "BenchResult") -> None:
