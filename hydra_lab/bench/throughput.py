@@ -365,7 +365,8 @@ def training_step(
     generator = torch.Generator().manual_seed(plan.seed)
     ids = torch.randint(config.vocab_size, (1, context), generator=generator).to(plan.device)
     model.train()
-    model.gradient_checkpointing_enable()
+    # The name changed in transformers 5.23; both are supported.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     mixed = plan.device.type == "cuda"
 
