@@ -83,8 +83,8 @@ format: $(STAMP) ## rewrite the sources in the project's style
 constraints: $(STAMP) ## pin what is installed now in constraints.txt
 	$(BIN)/python .ci/constraints.py
 
-gpu-check: ## compare the model on a GPU with the CPU, using $(PYTHON) as it is (no .venv is made)
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) tests/gpu/check.py
+gpu-check: ## kernels, model and speed on a GPU, using $(PYTHON) as it is (no .venv is made)
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) tests/gpu/check.py $(ARGS)
 
 clean: ## remove .venv and caches
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis
