@@ -1,9 +1,9 @@
 """`make gpu-check`: what only a GPU can show, with the Python that is there (torch, transformers, pytest; no .venv).
 
 1. Every kernel against its reference, with gradients, in fp32 and bf16 (`tests/kernels`).
-2. The model on the GPU, on the torch and on the Triton backend, against the same model on the CPU, in fp32: logits, loss
-   and gradients agree to 1e-3 of their largest value (a GPU sums in another order; a token whose router scores tie may
-   choose another expert, which the seed here does not bring about), and greedy generation gives the same tokens.
+2. The model on the GPU, on the torch and on the Triton backend, against the same model on the CPU, in fp32: logits,
+   loss and gradients agree to 1e-3 of their largest value (a GPU sums in another order; a token whose router scores tie
+   may choose another expert, which the seed here does not bring about), and greedy generation gives the same tokens.
 3. `hydra-lab bench kernels --record` and `bench capture`.
 
 Results go to `--out` (default build/gpu): kernels.json, capture.json and the measured.json that `auto` chooses by. Exit
