@@ -11,6 +11,7 @@ from hydra_lab.chunks import ChunkGrid, Span
 from hydra_lab.config import HydraConfig
 from hydra_lab.nn.layers import OutputProjection, RMSNorm
 from hydra_lab.ops.ssd import state_passing
+from hydra_lab.ops.workspace import workspace_read
 from hydra_lab.taps import Tap, WorkspaceRead, WorkspaceWrite
 
 LONGEST_MEMORY = 64.0
@@ -127,9 +128,13 @@ class WorkspacePath(nn.Module):
         address_BLS = (grid.from_grid(scores_BCTS) * self.key_scale).softmax(dim=-1)
         gate_BL1 = torch.sigmoid(self.read_gate(hidden_BLD).float())
         read: WorkspaceRead = self.read(WorkspaceRead(address_BLS, gate_BL1))
-        address_BCTS = grid.to_grid(read.address).to(slots_BCSV.dtype)
-        value_BLV = grid.from_grid(torch.einsum("bcts,bcsv->bctv", address_BCTS, slots_BCSV))
-        return self.out_proj(value_BLV * read.gate.to(value_BLV.dtype))
+        address_BLS = read.address
+        if grid.span.valid_BL is not None:  # padding reads nothing
+            address_BLS = address_BLS.where(grid.span.valid_BL[..., None], 0.0)
+        value_BLV = workspace_read(
+            address_BLS, read.gate, slots_BCSV, chunk_size=self.chunk_size, offset=grid.offset_B
+        )
+        return self.out_proj(value_BLV)
 
 
 def _add_to_first(cells_BC: Tensor, open_B: Tensor, is_open_B: Tensor) -> Tensor:
