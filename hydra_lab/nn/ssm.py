@@ -90,8 +90,9 @@ class SSMPath(nn.Module):
         grid = ChunkGrid(span, self.chunk_size, hidden_BLD.shape[0], hidden_BLD.device)
         inputs = (x_BLHP, dt_BLH, B_BLGN, C_BLGN)
         initial = None if state is None else state.state
-        scan = self._scan(grid, inputs, A_H, dt_BLH * A_H, initial)
-        measured_BCH = scan.chunk_states.detach().square().sum(dim=(-2, -1)).sqrt()
+        scan = self._scan(grid, inputs, A_H, None, initial)
+        assert scan.squared_norms is not None
+        measured_BCH = scan.squared_norms.sqrt()
         summary = StateSummary(measured_BCH.clone(), dt_BLH * A_H)
         versions = [None if field.is_inference() else field._version for field in summary]
         decided: StateSummary = self.state(summary)
@@ -109,17 +110,26 @@ class SSMPath(nn.Module):
         grid: ChunkGrid,
         inputs: tuple[Tensor, ...],
         A_H: Tensor,
-        log_decay: Tensor,
+        log_decay: Tensor | None,
         initial: Tensor | None,
     ) -> SSDOutput:
-        """The recurrence over the piece, in chunks that lie on the grid."""
+        """The recurrence over the piece, in chunks that lie on the grid; a written decay takes the place of `dt A`."""
         aligned = grid.offset_B is None or grid.span.size == 1
-        inputs = (*inputs, log_decay)
         if not aligned:
             inputs = tuple(grid.to_grid(tensor).flatten(1, 2) for tensor in inputs)
-        x, dt, B, C, log_decay = inputs
+            log_decay = None if log_decay is None else grid.to_grid(log_decay).flatten(1, 2)
+        x, dt, B, C = inputs
         out = ssd(
-            x, dt, A_H, B, C, D=self.D, log_decay=log_decay, initial_state=initial, chunk_size=self.chunk_size
+            x,
+            dt,
+            A_H,
+            B,
+            C,
+            D=self.D,
+            log_decay=log_decay,
+            initial_state=initial,
+            chunk_size=self.chunk_size,
+            squared_norms=True,
         )
         if aligned:
             return out

@@ -1,6 +1,9 @@
 """The state-space recurrence: the chunked path against the step-by-step oracle, and the oracle against its gradient."""
 
+import importlib
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -66,12 +69,16 @@ def random_inputs(
 def outputs_and_gradients(inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     """Everything `ssd` returns, and the gradient of a fixed random combination of it with respect to each input."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-    output = ssd(**leaves, **options)
+    output = ssd(**leaves, squared_norms=True, chunk_states=True, **options)._asdict()
     generator = torch.Generator().manual_seed(1)
-    parts = [(tensor * torch.randn(tensor.shape, generator=generator).to(tensor)).sum() for tensor in output]
+    parts = [
+        (tensor * torch.randn(tensor.shape, generator=generator).to(tensor)).sum()
+        for name, tensor in output.items()
+        if name != "squared_norms"
+    ]
     torch.stack(parts).sum().backward()
     gradients = {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
-    return output._asdict() | {name: grad for name, grad in gradients.items() if grad is not None}
+    return output | {name: grad for name, grad in gradients.items() if grad is not None}
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -81,7 +88,10 @@ def test_gradients_agree_with_finite_differences(backend: Any) -> None:
     names = list(inputs)
 
     def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(ssd(**dict(zip(names, tensors, strict=True)), chunk_size=2, backend=backend))
+        arguments: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        output = ssd(**arguments, chunk_states=True, chunk_size=2, backend=backend)
+        assert output.chunk_states is not None
+        return output.y, output.final_state, output.chunk_states
 
     assert torch.autograd.gradcheck(outputs, [tensor.requires_grad_() for tensor in inputs.values()])
 
@@ -190,8 +200,9 @@ def test_pieces_equal_one_pass(pieces: list[int], chunk_size: int) -> None:
         piece: dict[str, Any] = {
             name: t[:, start : start + size] if name in POSITIONAL else t for name, t in inputs.items()
         }
-        y, state, _ = ssd(**{**piece, "initial_state": state}, chunk_size=chunk_size)
-        outputs.append(y)
+        output = ssd(**{**piece, "initial_state": state}, chunk_size=chunk_size)
+        state = output.final_state
+        outputs.append(output.y)
         start += size
     assert_close(torch.cat(outputs, dim=1), whole.y, "y")
     assert_close(state, whole.final_state, "final state")
@@ -221,16 +232,79 @@ def test_single_steps_equal_one_pass(backend: Any) -> None:
     assert_close(state, whole.final_state, "final state")
 
 
-def test_chunk_states_are_the_states_at_chunk_ends() -> None:
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_chunk_states_are_the_states_at_chunk_ends(backend: Any) -> None:
     inputs = random_inputs(2, 50, 3, 1, dtype=torch.float32)
-    output = ssd(**inputs, chunk_size=16)
+    output = ssd(**inputs, chunk_size=16, chunk_states=True, squared_norms=True, backend=backend)
+    assert output.chunk_states is not None and output.squared_norms is not None
     assert output.chunk_states.shape == (2, 4, 3, 5, 7)
     assert torch.equal(output.chunk_states[:, -1], output.final_state)
+    assert_close(output.squared_norms, output.chunk_states.square().sum((-2, -1)), "squared norms", 1e-6)
     for chunk, end in enumerate([16, 32, 48]):
         shorter = ssd(
             **{name: t[:, :end] if name in POSITIONAL else t for name, t in inputs.items()}, chunk_size=16
         )
         assert_close(output.chunk_states[:, chunk], shorter.final_state, f"state of chunk {chunk}")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("length", [1, 20])
+def test_states_and_norms_come_only_if_asked_for(length: int, backend: Any) -> None:
+    inputs = random_inputs(2, length, 3, 1, dtype=torch.float32)
+    bare = ssd(**inputs, backend=backend)
+    assert bare.squared_norms is None and bare.chunk_states is None
+    leaves: dict[str, Any] = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    asked = ssd(**leaves, squared_norms=True, backend=backend)
+    assert asked.squared_norms is not None and not asked.squared_norms.requires_grad
+    assert asked.chunk_states is None
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("given", [False, True])
+def test_each_document_is_computed_as_if_alone(given: bool, backend: Any) -> None:
+    inputs = random_inputs(2, 40, 3, 1)
+    if given:
+        inputs["log_decay"] = -torch.rand(2, 40, 3, dtype=torch.float64)
+    positional = (*POSITIONAL, "log_decay")
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[:, [9, 24]] = True
+    starts[1, 0] = True
+    whole = ssd(**inputs, starts=starts, chunk_size=16, backend=backend)
+    for first, end in ((0, 9), (9, 24), (24, 40)):
+        piece: dict[str, Any] = {n: t[:, first:end] if n in positional else t for n, t in inputs.items()}
+        piece["initial_state"] = inputs["initial_state"].clone()
+        piece["initial_state"][1] = 0
+        if first > 0:
+            piece["initial_state"][0] = 0
+        alone = ssd(**piece, backend="reference")
+        assert_close(whole.y[:, first:end], alone.y, f"y of the document at {first}", 1e-9)
+    assert_close(whole.final_state, alone.final_state, "final state", 1e-9)
+
+
+def test_no_gradient_flows_over_a_start() -> None:
+    inputs = random_inputs(1, 20, 2, 1)
+    inputs["log_decay"] = -torch.rand(1, 20, 2, dtype=torch.float64)
+    starts = torch.zeros(1, 20, dtype=torch.bool)
+    starts[:, 7] = True
+    for backend in ("reference", "torch"):
+        leaves: dict[str, Any] = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+        output = ssd(**leaves, starts=starts, chunk_size=16, backend=backend)
+        (output.y[:, 7:].sum() + output.final_state.sum()).backward()
+        assert leaves["log_decay"].grad[:, 7].abs().max() == 0
+        assert leaves["x_BLHP"].grad[:, :7].abs().max() == 0
+        assert leaves["initial_state"].grad.abs().max() == 0
+        assert leaves["x_BLHP"].grad[:, 7:].abs().min() > 0
+
+
+@pytest.mark.parametrize("length", [1, 63, 65])
+def test_documents_agree_with_steps(length: int) -> None:
+    inputs = random_inputs(3, length, 6, 3)
+    starts = torch.rand(3, length, generator=torch.Generator().manual_seed(0)) < 0.1
+    starts[0, 0] = True
+    expected = outputs_and_gradients(inputs, starts=starts, backend="reference")
+    actual = outputs_and_gradients({name: tensor.float() for name, tensor in inputs.items()}, starts=starts)
+    for name in expected:
+        assert_close(actual[name], expected[name], name)
 
 
 def test_strong_decay_neither_overflows_nor_loses_what_follows() -> None:
@@ -254,13 +328,15 @@ def test_half_precision_inputs_keep_float32_states() -> None:
     }
     inputs["initial_state"] = inputs["initial_state"].float()
     with torch.autocast("cpu", torch.bfloat16):
-        output = ssd(**inputs)
+        output = ssd(**inputs, squared_norms=True, chunk_states=True)
         step_y, step_state = ssd_step(
             *(inputs[name][:, 0] if name != "A_H" else inputs[name] for name in list(inputs)[:5]),
             state=inputs["initial_state"],
         )
     assert output.y.dtype == step_y.dtype == torch.bfloat16
-    assert output.final_state.dtype == output.chunk_states.dtype == step_state.dtype == torch.float32
+    assert output.chunk_states is not None and output.squared_norms is not None
+    states = (output.final_state, output.chunk_states, output.squared_norms, step_state)
+    assert all(tensor.dtype == torch.float32 for tensor in states)
     expected = ssd(**{name: tensor.double() for name, tensor in inputs.items()}, backend="reference")
     assert_close(output.final_state, expected.final_state, "final state")
     assert_close(output.y, expected.y, "y", 4e-3)  # y itself is rounded to bfloat16, 8 bits
@@ -337,6 +413,8 @@ def test_state_passing_gradients() -> None:
         ({"D": torch.zeros(9)}, "D"),
         ({"initial_state": torch.zeros(2, 4, 7, 5)}, "initial_state"),
         ({"log_decay": torch.zeros(2, 3)}, "log_decay"),
+        ({"starts": torch.zeros(2, 4, dtype=torch.bool)}, "starts"),
+        ({"starts": torch.zeros(2, 3)}, "starts must be bool"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"backend": "fused"}, "fused"),
         (
@@ -367,3 +445,148 @@ def test_second_derivatives_are_refused_by_the_fast_path() -> None:
         else:
             with pytest.raises(NotImplementedError, match="second derivative"):
                 torch.autograd.grad(first, inputs["x_BLHP"], create_graph=True)
+
+
+# --- mamba-ssm's kernels, in place of which the oracle stands here: what is checked is how they are called ---
+
+
+def oracle_forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, **given: Any
+) -> Any:
+    """As `_mamba_chunk_scan_combined_fwd`: out, out_x, dt, sums of decays, entering states, final state."""
+    initial, documents = given["initial_states"], given["seq_idx"]
+    starts = None
+    if documents is not None:
+        before = torch.zeros_like(documents)
+        before[:, 1:] = documents[:, :-1]
+        starts = documents != before
+    output = ssd(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D=given["D"],
+        initial_state=initial,
+        starts=starts,
+        chunk_size=chunk_size,
+        chunk_states=True,
+        backend="reference",
+    )
+    assert output.chunk_states is not None
+    first = torch.zeros_like(output.final_state) if initial is None else initial
+    entering = torch.cat([first[:, None], output.chunk_states[:, :-1]], dim=1)
+    return output.y, None, dt, None, entering, output.final_state
+
+
+def oracle_backward(
+    grad: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    _out: Tensor,
+    size: int,
+    **given: Any,
+) -> Any:
+    """As `_mamba_chunk_scan_combined_bwd`: gradients of x, dt, A, B, C, D, z, dt_bias, initial states."""
+    grad_final = given.pop("dfinal_states")
+    tensors = {
+        "x": x,
+        "dt": dt,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": given["D"],
+        "initial_states": given["initial_states"],
+    }
+    with torch.enable_grad():
+        leaves: dict[str, Any] = {
+            n: None if t is None else t.detach().requires_grad_() for n, t in tensors.items()
+        }
+        output = oracle_forward(chunk_size=size, seq_idx=given["seq_idx"], **leaves)
+        loss = (output[0] * grad).sum()
+        if grad_final is not None:
+            loss = loss + (output[-1] * grad_final).sum()
+        wanted = [leaf for leaf in leaves.values() if leaf is not None]
+        found = iter(torch.autograd.grad(loss, wanted))
+    grads = [None if leaf is None else next(found) for leaf in leaves.values()]
+    return *grads[:6], None, None, grads[6]
+
+
+def oracle_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **given: Any
+) -> Any:
+    """As `selective_state_update`, which needs rates, step sizes and biases as views that share one value per head."""
+    for tensor in (dt, A, given["dt_bias"]):
+        assert tensor.stride(-1) == 0
+    y, new = ssd_step(x, dt[..., 0], A[:, 0, 0], B, C, state, D=D[:, 0], backend="reference")
+    state.copy_(new)
+    return y
+
+
+@pytest.fixture
+def mamba(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The backend, with the oracle in place of mamba-ssm."""
+    combined = ModuleType("mamba_ssm.ops.triton.ssd_combined")
+    update = ModuleType("mamba_ssm.ops.triton.selective_state_update")
+    combined._mamba_chunk_scan_combined_fwd = oracle_forward  # pyright: ignore[reportAttributeAccessIssue]
+    combined._mamba_chunk_scan_combined_bwd = oracle_backward  # pyright: ignore[reportAttributeAccessIssue]
+    update.selective_state_update = oracle_step  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for module in (combined, update):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return importlib.import_module("hydra_lab.ops.ssd.mamba_ssm")
+
+
+def run_mamba(mamba: ModuleType, inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    names = ("x_BLHP", "dt_BLH", "A_H", "B_BLGN", "C_BLGN", "D", "log_decay", "initial_state", "starts")
+    rest = {"chunk_size": 16, "squared_norms": True, "chunk_states": True} | options
+    output = mamba.ssd(*((inputs | rest).get(name) for name in names), *list(rest.values())[:3])
+    return output._asdict()
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_mamba_ssm_is_called_as_it_wants(mamba: ModuleType, with_documents: bool, length: int) -> None:
+    inputs = random_inputs(2, length, 6, 3, dtype=torch.float32)
+    starts = torch.zeros(2, length, dtype=torch.bool)
+    starts[0, length // 2] = True
+    starts[1, 0] = True
+    options = {"starts": starts if with_documents else None}
+    if length == 1 and not with_documents:  # a step
+        del inputs["D"], inputs["initial_state"]
+        actual = run_mamba(mamba, inputs)
+    results: list[dict[str, Tensor]] = []
+    for backend in ("mamba_ssm", "reference"):
+        leaves: dict[str, Any] = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+        if backend == "mamba_ssm":
+            output = run_mamba(mamba, leaves, **options)
+        else:
+            asked = {"squared_norms": True, "chunk_states": True, "chunk_size": 16}
+            output = ssd(**leaves, **options, **asked, backend="reference")._asdict()
+        (output["y"].sin().sum() + output["final_state"].square().sum()).backward()
+        grads = {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
+        results.append({n: t.detach() for n, t in (output | grads).items()})
+    for name, expected in results[1].items():
+        assert_close(results[0][name], expected, name)
+        if length == 1 and not with_documents and name in actual:
+            assert_close(actual[name], expected, f"{name} of a step")
+
+
+def test_what_mamba_ssm_cannot_do_is_said(mamba: ModuleType) -> None:
+    inputs = random_inputs(1, 20, 2, 1, dtype=torch.float32)
+    with pytest.raises(ValueError, match="takes no log_decay"):
+        run_mamba(mamba, {**inputs, "log_decay": torch.zeros(1, 20, 2)})
+    with pytest.raises(ValueError, match="not of 100"):
+        run_mamba(mamba, inputs, chunk_size=100)
+    leaves: dict[str, Any] = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    with pytest.raises(ValueError, match="through chunk_states"):
+        run_mamba(mamba, leaves)["chunk_states"].sum().backward()
+    with pytest.raises(ValueError, match="without a gradient"):
+        at_0 = [leaves[name] if name == "A_H" else leaves[name][:, 0] for name in list(leaves)[:5]]
+        mamba.ssd_step(*at_0, leaves["initial_state"], None)
+    with pytest.raises(ValueError, match="cannot run ssd here"):
+        ssd(**random_inputs(1, 3, 2, 1, dtype=torch.float32), backend="mamba_ssm")

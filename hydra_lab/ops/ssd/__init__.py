@@ -5,6 +5,7 @@ M any number of values that share a decay.
 """
 
 from torch import Tensor
+from torch import bool as torch_bool  # the package's own `torch` module takes the name `torch`
 
 from hydra_lab.ops.backend import Backend, implementation
 from hydra_lab.ops.checks import check_shape
@@ -23,7 +24,10 @@ def ssd(
     D: Tensor | None = None,
     log_decay: Tensor | None = None,
     initial_state: Tensor | None = None,
+    starts: Tensor | None = None,
     chunk_size: int = 64,
+    squared_norms: bool = False,
+    chunk_states: bool = False,
     backend: Backend | None = None,
 ) -> SSDOutput:
     """The state-space recurrence `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`, `y_t = h_t C_t + D x_t`.
@@ -41,11 +45,17 @@ def ssd(
         log_decay: [B, L, H] logarithm of what is kept of the state at each position, in place of `dt * A`: this is
             how an edited decay enters. None for `dt * A`.
         initial_state: [B, H, P, N] state before the first position, or None for zeros.
-        chunk_size: positions computed in parallel; it changes the speed and the chunks of `chunk_states`, not `y`.
+        starts: [B, L] bool, True where a new document begins: nothing is kept of the state before it, whatever the
+            decay there, and no gradient flows to that decay. None for one document, which goes on from
+            `initial_state`.
+        chunk_size: positions computed in parallel; it changes the speed and the chunks of `squared_norms` and
+            `chunk_states`, not `y`.
+        squared_norms: whether to return the squared norm of each head's state at the chunks' ends.
+        chunk_states: whether to return the states themselves.
         backend: see `hydra_lab.ops.backend`; None for what `use_backend` says, else the fastest measured one.
 
     Returns:
-        Outputs `y` in the dtype of `x_BLHP`, and the states in float32 (float64 if an input is).
+        Outputs `y` in the dtype of `x_BLHP`, and states and norms in float32 (float64 if an input is).
 
     Raises:
         ValueError: shapes that do not fit, H not a multiple of G, chunk_size < 1, or a backend that cannot run this.
@@ -59,12 +69,17 @@ def ssd(
     _check_heads(A_H, D, initial_state, rows, heads, groups, head_dim, state_dim)
     if log_decay is not None:
         check_shape("log_decay", log_decay, (rows, length, heads), "[B, L, H]")
+    if starts is not None:
+        check_shape("starts", starts, (rows, length), "[B, L]")
+        if starts.dtype != torch_bool:
+            raise ValueError(f"starts must be bool, got {starts.dtype}")
     if length < 1:
         raise ValueError(f"x_BLHP must have at least one position, got shape {list(x_BLHP.shape)}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     run = implementation("ssd", backend, x_BLHP).ssd
-    return run(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, log_decay, initial_state, chunk_size)
+    sequences = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D, log_decay, initial_state, starts)
+    return run(*sequences, chunk_size, squared_norms, chunk_states)
 
 
 def ssd_step(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hydra_lab.ops.ssd.output import SSDOutput, state_dtype
+from hydra_lab.ops.ssd.output import SSDOutput, effective_log_decay, state_dtype
 
 
 def ssd_step(
@@ -39,7 +39,10 @@ def ssd(
     D: Tensor | None,
     log_decay: Tensor | None,
     initial_state: Tensor | None,
+    starts: Tensor | None,
     chunk_size: int,
+    squared_norms: bool,
+    chunk_states: bool,
 ) -> SSDOutput:
     """Every step in turn; the state is noted at the end of each chunk."""
     rows, length, heads, head_dim = x_BLHP.shape
@@ -47,8 +50,9 @@ def ssd(
     h = x_BLHP.new_zeros(rows, heads, head_dim, B_BLGN.shape[-1], dtype=dtype)
     if initial_state is not None:
         h = initial_state.to(dtype)
+    log_decay_BLH = effective_log_decay(dt_BLH, A_H, log_decay, starts, dtype)
     outputs: list[Tensor] = []
-    chunk_states: list[Tensor] = []
+    at_ends: list[Tensor] = []
     for t in range(length):
         y, h = ssd_step(
             x_BLHP[:, t],
@@ -58,12 +62,14 @@ def ssd(
             C_BLGN[:, t],
             h,
             D,
-            None if log_decay is None else log_decay[:, t],
+            log_decay_BLH[:, t],
         )
         outputs.append(y)
         if (t + 1) % chunk_size == 0 or t == length - 1:
-            chunk_states.append(h)
-    return SSDOutput(torch.stack(outputs, dim=1), h, torch.stack(chunk_states, dim=1))
+            at_ends.append(h)
+    states_BCHPN = torch.stack(at_ends, dim=1)
+    squares_BCH = states_BCHPN.detach().square().sum((-2, -1)) if squared_norms else None
+    return SSDOutput(torch.stack(outputs, dim=1), h, squares_BCH, states_BCHPN if chunk_states else None)
 
 
 def state_passing(update_BCHM: Tensor, log_decay_BCH: Tensor, initial_BHM: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hydra_lab.ops.ssd.output import SSDOutput, state_dtype
+from hydra_lab.ops.ssd.output import SSDOutput, effective_log_decay, state_dtype
 
 CHUNKS_AT_ONCE = 64
 """Chunks whose states come from one triangular matrix product; longer sequences loop over such spans."""
@@ -41,19 +41,22 @@ def ssd(
     D: Tensor | None,
     log_decay: Tensor | None,
     initial_state: Tensor | None,
+    starts: Tensor | None,
     chunk_size: int,
+    squared_norms: bool,
+    chunk_states: bool,
 ) -> SSDOutput:
     """See `hydra_lab.ops.ssd.ssd`."""
     rows, length, heads, head_dim = x_BLHP.shape
     dtype = state_dtype(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, initial_state)
     dt_BLH = dt_BLH.to(dtype)
-    log_decay_BLH = dt_BLH * A_H.to(dtype) if log_decay is None else log_decay.to(dtype)
+    log_decay_BLH = effective_log_decay(dt_BLH, A_H, log_decay, starts, dtype)
     if initial_state is None:
         initial_state = x_BLHP.new_zeros(rows, heads, head_dim, B_BLGN.shape[-1], dtype=dtype)
     if length == 1:  # decoding
         at_0 = (x_BLHP[:, 0], dt_BLH[:, 0], log_decay_BLH[:, 0], B_BLGN[:, 0], C_BLGN[:, 0])
         y_BHP, state = _step(*at_0, initial_state, D, dtype)
-        return SSDOutput(y_BHP.unsqueeze(1), state, state.unsqueeze(1))
+        return _output(y_BHP.unsqueeze(1), state.unsqueeze(1), squared_norms, chunk_states)
     size = min(chunk_size, length)
     chunks = -(-length // size)
     sequences = [x_BLHP, dt_BLH, log_decay_BLH, B_BLGN, C_BLGN]
@@ -63,7 +66,13 @@ def ssd(
     chunked = [tensor.reshape(rows, chunks, size, *tensor.shape[2:]) for tensor in sequences]
     scan = cast(Callable[..., tuple[Tensor, Tensor]], _ChunkScan.apply)  # pyright: ignore[reportUnknownMemberType]
     y_BCTHP, states_BCHPN = scan(*chunked, D, initial_state.to(dtype))
-    return SSDOutput(y_BCTHP.flatten(1, 2)[:, :length], states_BCHPN[:, -1], states_BCHPN[:, 1:])
+    return _output(y_BCTHP.flatten(1, 2)[:, :length], states_BCHPN[:, 1:], squared_norms, chunk_states)
+
+
+def _output(y_BLHP: Tensor, states_BCHPN: Tensor, squared_norms: bool, chunk_states: bool) -> SSDOutput:
+    """From the outputs and the state at the end of each chunk."""
+    squares_BCH = states_BCHPN.detach().square().sum(dim=(-2, -1)) if squared_norms else None
+    return SSDOutput(y_BLHP, states_BCHPN[:, -1], squares_BCH, states_BCHPN if chunk_states else None)
 
 
 class _ChunkScan(torch.autograd.Function):
