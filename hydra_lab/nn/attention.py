@@ -158,25 +158,29 @@ class AttentionPath(nn.Module):
         if needed > capacity:
             grown = max(needed, capacity + capacity // 4)
             grown = -(-grown // self.block_size) * self.block_size
-        if state is not None and grown == capacity and _may_write(state):
+        continued = state is not None and grown == capacity and _may_write(state)
+        if state is not None and continued:
             storage = state.storage
             storage.turn += 1
-            write = Tensor.scatter_
         else:
             storage = Storage()
-            write = Tensor.scatter
+        # New memory may be written in place too, unless a gradient flows through it.
+        new_memory = grown != capacity and not torch.is_grad_enabled()
+        write = Tensor.scatter_ if continued or new_memory else Tensor.scatter
         keys, values = (
             _grow(None if state is None else old, new, grown)
             for old, new in ((state and state.keys, key), (state and state.values, value))
         )
-        key_means = _grow(None if state is None else state.key_means, key, grown // self.block_size)
         if span.valid_BL is not None:
             # Padding is written behind the row's last token, where nothing looks yet.
             key = torch.where(span.valid_BL[..., None, None], key, key.new_zeros(()))
             value = torch.where(span.valid_BL[..., None, None], value, value.new_zeros(()))
         index = positions_BL[..., None, None].expand(-1, -1, *key.shape[2:])
         keys, values = write(keys, 1, index, key), write(values, 1, index, value)
+        if state is None:
+            return keys, values, block_means(keys, block_size=self.block_size), storage
 
+        key_means = _grow(state.key_means, key, grown // self.block_size)
         first_block_B = positions_BL[:, 0] // self.block_size
         touched = torch.arange((size - 1) // self.block_size + 2, device=key.device)
         blocks_BM = (first_block_B[:, None] + touched).clamp(max=key_means.shape[1] - 1)

@@ -69,6 +69,13 @@ class SSMPath(nn.Module):
         z, channels, dt = self.in_proj(hidden_BLD).split(
             [self.inner_size, self.conv1d.in_channels, self.num_heads], dim=-1
         )
+        y_BLD, new_state = self._mix(channels, dt, span, state)
+        return self.out_proj(self.norm(y_BLD, z)), new_state
+
+    def _mix(
+        self, channels: Tensor, dt: Tensor, span: Span, state: SSMState | None
+    ) -> tuple[Tensor, SSMState]:
+        """Convolution and recurrence; what they need is free again when the output norm asks for memory."""
         channels, conv_state = causal_conv(
             channels,
             self.conv1d.weight.squeeze(1),
@@ -87,7 +94,7 @@ class SSMPath(nn.Module):
             dt_BLH = dt_BLH * span.valid_BL[..., None]  # dt = 0 leaves the state as it is
         A_H = -torch.exp(self.A_log.float())
 
-        grid = ChunkGrid(span, self.chunk_size, hidden_BLD.shape[0], hidden_BLD.device)
+        grid = ChunkGrid(span, self.chunk_size, dt.shape[0], dt.device)
         inputs = (x_BLHP, dt_BLH, B_BLGN, C_BLGN)
         initial = None if state is None else state.state
         scan = self._scan(grid, inputs, A_H, None, initial)
@@ -103,7 +110,7 @@ class SSMPath(nn.Module):
             boundary_BLH = self._leaving_scale(grid, scale_BCH)
             scan = self._scan(grid, inputs, A_H, decided.decay + boundary_BLH, initial)
             scan = scan._replace(final_state=scan.final_state * grid.at_last(scale_BCH)[..., None, None])
-        return self.out_proj(self.norm(scan.y.flatten(-2), z)), SSMState(conv_state, scan.final_state)
+        return scan.y.flatten(-2), SSMState(conv_state, scan.final_state)
 
     def _scan(
         self,

@@ -1,4 +1,7 @@
-"""Calls of the state-space kernels in half precision at the sizes of the 1.6b preset (64 heads of 64 values, one group, state size 128)."""
+"""Calls of the state-space kernels in half precision at the sizes of the 1.6b preset.
+
+That is 64 heads of 64 values, one group, state size 128.
+"""
 
 from collections.abc import Callable
 
@@ -24,7 +27,7 @@ def scan(
     signals: bool = False,
     bare: bool = False,
 ) -> None:
-    """`ssd`, forward and backward; `bare` is without skip weights and initial state, on whose absence kernels depend."""
+    """`ssd`, forward and backward; `bare` is without skip weights and initial state."""
 
     def run(
         x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Tensor

@@ -32,6 +32,8 @@ def _state_passing(chunks: int, heads: int, values: int) -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     "1.6b": lambda: scan(dtype=torch.float32, signals=True),
+    "state size 256, head size 128": lambda: scan(dtype=torch.float32, heads=16, head_dim=128, state_dim=256),
+    "odd sizes": lambda: scan(dtype=torch.float32, heads=15, groups=3, head_dim=40, state_dim=72),
     "nano": lambda: scan(
         dtype=torch.float32, length=20, heads=4, head_dim=16, state_dim=16, chunk_size=8, given_decay=True
     ),

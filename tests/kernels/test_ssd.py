@@ -74,7 +74,7 @@ def rounded(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
 
 def run(inputs: Mapping[str, Any], **options: Any) -> Results:
     """Everything that `ssd` returns, by name."""
-    arguments = {"squared_norms": True, "chunk_states": True} | dict(inputs) | options
+    arguments: dict[str, Any] = {"squared_norms": True, "chunk_states": True, **inputs, **options}
     output = ssd(**arguments)._asdict()
     return {name: tensor for name, tensor in output.items() if tensor is not None}
 
@@ -193,6 +193,24 @@ def test_strong_decays_lose_nothing_of_what_follows(dtype: torch.dtype) -> None:
     starts[:, [40, 55, 62, 80]] = True
     check(inputs, dtype)
     check(inputs, dtype, starts=starts.to(DEVICE))
+
+
+@pytest.mark.parametrize("strength", [8.0, 30.0])
+def test_gradients_of_strong_decays_are_not_noise(strength: float) -> None:
+    """A decay of exp(-8) has a gradient 3000 times smaller than what a position does with itself, which must not be in
+    any difference that it is made from."""
+    inputs = random_inputs(1, 40, 2)
+    inputs["log_decay"] = torch.full((1, 40, 2), -strength, dtype=torch.float64)
+    gradients: list[Tensor] = []
+    for backend, given in (("triton", placed(inputs, torch.float32)), ("reference", inputs)):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in given.items()}
+        run(leaves, backend=backend)["y"].square().sum().backward()
+        gradient = leaves["log_decay"].grad
+        assert gradient is not None
+        gradients.append(gradient.cpu().double())
+    error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
+    print(f"relative error {error:.1e} of {gradients[1].abs().max():.1e}")
+    assert error < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -409,11 +427,11 @@ def test_positions_far_apart_are_gathered() -> None:
 
 
 def test_float64_is_refused() -> None:
-    inputs = random_inputs(1, 5)
+    inputs: dict[str, Any] = random_inputs(1, 5)
     with pytest.raises(ValueError, match="float64"):
         ssd(**inputs, backend="triton")
-    mixed = {name: tensor.float() for name, tensor in inputs.items()} | {"dt_BLH": inputs["dt_BLH"]}
-    mixed = {name: tensor.to(DEVICE) for name, tensor in mixed.items()}
+    single = {name: tensor.float() for name, tensor in inputs.items()} | {"dt_BLH": inputs["dt_BLH"]}
+    mixed: dict[str, Any] = {name: tensor.to(DEVICE) for name, tensor in single.items()}
     with pytest.raises(ValueError, match="float64"):
         ssd(**mixed, backend="triton")
     update = torch.zeros(1, 2, 1, 3, device=DEVICE)

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportPossiblyUnbound=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 # (what `triton.jit` turns into kernels cannot be typed)
 """The recurrence within chunks: matrix products over tiles of at most 64 positions, forward and backward.
 
@@ -611,7 +611,7 @@ def grad_decays_kernel(
     at = (row_tile * num_heads + head)[:, None] * T + t[None, :]
 
     grad_sum = tl.load(grad_within_ptr + at, mask=everywhere, other=0.0)
-    for block in tl.static_range(n_blocks):
+    for block in range(n_blocks):
         block_at = block * tl.num_programs(0).to(tl.int64) * num_heads * T
         grad_sum += tl.load(grad_from_start_ptr + block_at + at, mask=everywhere, other=0.0)
     total = tl.cumsum(grad_sum, axis=1, reverse=True)

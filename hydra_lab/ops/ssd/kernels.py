@@ -1,5 +1,5 @@
-# pyright: basic
-# (what `triton.jit` turns into kernels cannot be typed, and so cannot what calls them)
+# pyright: basic, reportMissingImports=false, reportArgumentType=false, reportCallIssue=false
+# (what `triton.jit` turns into kernels cannot be typed, nor can their calls)
 """The state-space recurrence on Triton's kernels, forward and backward.
 
 Shape suffixes: see `chunk_kernels`.
@@ -361,7 +361,7 @@ class _Scan(torch.autograd.Function):
             *strides,
             *tiling.geometry,
             *tiling.sharing,
-            **tiling.options(),
+            **tiling.options(P=16 if tiling.single else None),
         )
         chunk_kernels.grad_pairs_kernel[tiling.programs](
             x,
@@ -415,7 +415,7 @@ class _Scan(torch.autograd.Function):
             None if grad_A is None else grad_A.sum(dim=(0, 1)).to(A.dtype),
             grad_B,
             grad_C,
-            None if grad_D is None else grad_D.sum(dim=(0, 1)).to(D.dtype),
+            None if D is None or grad_D is None else grad_D.sum(dim=(0, 1)).to(D.dtype),
             grad_log_decay,
             None
             if ctx.initial_dtype is None

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportPossiblyUnbound=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 # (what `triton.jit` turns into kernels cannot be typed)
 """The recurrence over states from chunk to chunk, forward and backward.
 
@@ -42,8 +42,8 @@ def pass_states_kernel(
     """state = kept_c state + update_c, for c = 0, 1, ...
 
     update [B, C, H, M], kept [B, C, H] -> entering [B, C, H, M], final [B, H, M], and after every so many chunks the
-    state [B, E, H, M] and the sum of its squares over each block [B, E, H, K]. `entering` may be `update`: each value is
-    read before it is overwritten. One program per (row, head, block of M).
+    state [B, E, H, M] and the sum of its squares over each block [B, E, H, K]. `entering` may be `update`: each value
+    is read before it is overwritten. One program per (row, head, block of M).
     """
     num_blocks: tl.constexpr = (num_values + M - 1) // M
     pid = tl.program_id(0).to(tl.int64)
@@ -95,8 +95,8 @@ def pass_states_backward_kernel(
 ):
     """The same recurrence for gradients, from the last chunk to the first: grad = kept_c grad + grad_entering_c.
 
-    `grad_leaving` [B, C, H, M] is the gradient of the state that leaves each chunk, through all that follows from it, and
-    so of the chunk's update; `grad_kept` [B, C, H, K] that of the logarithm of what is kept, from each block.
+    `grad_leaving` [B, C, H, M] is the gradient of the state that leaves each chunk, through all that follows from it,
+    and so of the chunk's update; `grad_kept` [B, C, H, K] that of the logarithm of what is kept, from each block.
     `grad_leaving` may be `grad_entering`. One program per (row, head, block of M).
     """
     num_blocks: tl.constexpr = (num_values + M - 1) // M

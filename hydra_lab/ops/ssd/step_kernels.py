@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportPossiblyUnbound=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 # (what `triton.jit` turns into kernels cannot be typed)
 """A single step of the recurrence in one launch: what decoding runs for each token.
 
@@ -156,7 +156,8 @@ class Step(torch.autograd.Function):
         inputs = ctx.saved_tensors
         grad_y, grad_state, _ = grad_outputs
         with torch.autocast(inputs[0].device.type, enabled=False):
-            x, dt, A, B, C, state, D, log_decay = (None if t is None else t.float() for t in inputs)
+            x, dt, A, B, C = (tensor.float() for tensor in inputs[:5])
+            state, D, log_decay = (None if tensor is None else tensor.float() for tensor in inputs[5:])
             rows, heads, head_dim = x.shape
             groups, state_dim = B.shape[1:]
             by_group = (rows, groups, heads // groups, head_dim)

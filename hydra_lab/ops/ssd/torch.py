@@ -70,9 +70,14 @@ def ssd(
 
 
 def _output(y_BLHP: Tensor, states_BCHPN: Tensor, squared_norms: bool, chunk_states: bool) -> SSDOutput:
-    """From the outputs and the state at the end of each chunk."""
-    squares_BCH = states_BCHPN.detach().square().sum(dim=(-2, -1)) if squared_norms else None
-    return SSDOutput(y_BLHP, states_BCHPN[:, -1], squares_BCH, states_BCHPN if chunk_states else None)
+    """From the outputs and the state at the end of each chunk. The final state gets memory of its own, so that a decode
+    cache that keeps it does not keep them all."""
+    squares_BCH = None
+    if squared_norms:
+        norm = cast(Callable[..., Tensor], torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
+        squares_BCH = norm(states_BCHPN.detach(), dim=(-2, -1)).square()
+    final_BHPN = states_BCHPN[:, -1].clone()
+    return SSDOutput(y_BLHP, final_BHPN, squares_BCH, states_BCHPN if chunk_states else None)
 
 
 class _ChunkScan(torch.autograd.Function):
