@@ -45,8 +45,8 @@ class HydraConfig(PreTrainedConfig):
     use_cache: bool = True
     """Whether `generate` keeps the decode state."""
     ops_backend: str = "auto"
-    """Implementation of the operations: `auto` (the fastest measured one on the device), `torch`, `triton`, `mamba_ssm` or
-    `reference`. A `hydra_lab.ops.use_backend` block around the model goes before it."""
+    """Implementation of the operations: `auto` (the fastest measured one on the device), `torch`, `triton`, `mamba_ssm`
+    or `reference`. A `hydra_lab.ops.use_backend` block around the model goes before it."""
 
     ssm_state_size: int = 64
     """State size N per channel of a head (Mamba-2)."""

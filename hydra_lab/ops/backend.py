@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -53,7 +53,7 @@ _asked: ContextVar[dict[str, Backend] | None] = ContextVar("hydra_lab_backend", 
 
 
 @contextmanager
-def use_backend(backend: Backend | None = None, /, **operations: Backend) -> Iterator[None]:
+def use_backend(backend: Backend | None = None, /, **operations: Backend) -> Generator[None]:
     """Within the block, run operations on this backend, unless a call names its own.
 
     Blocks nest, and the innermost counts. The choice holds for this thread only. A backward pass runs on the backend of
@@ -76,7 +76,7 @@ def use_backend(backend: Backend | None = None, /, **operations: Backend) -> Ite
 
 
 @contextmanager
-def default_backend(backend: Backend) -> Iterator[None]:
+def default_backend(backend: Backend) -> Generator[None]:
     """Like `use_backend`, for a choice that gives way to any `use_backend` block around it."""
     if _asked.get() is not None or backend == "auto":
         yield

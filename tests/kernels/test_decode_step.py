@@ -26,7 +26,8 @@ class NothingWaits(TorchDispatchMode):
 
 
 def test_steps_agree_with_the_torch_backend_and_wait_for_nothing() -> None:
-    model = lively_model().to(DEVICE)
+    model: Any = lively_model()
+    model = model.to(DEVICE)
     ids = random_ids(model.config, 2, 22).to(DEVICE)
     with torch.no_grad():
         expected = model(input_ids=ids).logits[:, 18:]
@@ -41,7 +42,8 @@ def test_steps_agree_with_the_torch_backend_and_wait_for_nothing() -> None:
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
 def test_a_captured_graph_gives_the_same_logits() -> None:
-    model = lively_model().to(DEVICE)
+    model: Any = lively_model()
+    model = model.to(DEVICE)
     ids = random_ids(model.config, 2, 60).to(DEVICE)
     with torch.no_grad(), use_backend("triton"):
         expected = model(input_ids=ids).logits[:, 20:]

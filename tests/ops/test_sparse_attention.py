@@ -61,7 +61,7 @@ def explicit_mask(blocks: Tensor, start: Tensor | None, num_keys: int) -> Tensor
 def outputs_and_gradients(case: Problem, **options: Any) -> dict[str, Tensor]:
     leaves = [tensor.clone().requires_grad_() for tensor in (case.q, case.k, case.v)]
     q, k, v = leaves
-    y = sparse_attention(q, k, v, case.blocks, start=case.start, window=WINDOW, block_size=BLOCK, **options)
+    y = sparse_attention(q, k, v, case.blocks, start=case.start, window=WINDOW, block_size=BLOCK, **options).y
     gradients = torch.autograd.grad(y.double().sin().sum(), leaves)
     return {"y": y.detach(), "q": gradients[0], "k": gradients[1], "v": gradients[2]}
 
@@ -82,7 +82,7 @@ def test_gradients_agree_with_finite_differences(backend: str) -> None:
 
     def output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         options: dict[str, Any] = {"backend": backend}
-        return sparse_attention(q, k, v, blocks, start=start, window=3, block_size=2, **options)
+        return sparse_attention(q, k, v, blocks, start=start, window=3, block_size=2, **options).y
 
     assert torch.autograd.gradcheck(output, [tensor.requires_grad_() for tensor in (q, k, v)])
 
@@ -107,7 +107,7 @@ def test_fast_path_equals_the_reference_where_tiles_and_slices_are_many() -> Non
 def test_equals_dense_attention_under_the_explicit_mask(backend: str) -> None:
     case = problem(31, offsets=True, spare=0)
     options: dict[str, Any] = {"backend": backend}
-    actual = sparse_attention(*case[:4], start=case.start, window=WINDOW, block_size=BLOCK, **options)
+    actual = sparse_attention(*case[:4], start=case.start, window=WINDOW, block_size=BLOCK, **options).y
     mask = explicit_mask(case.blocks, case.start, case.k.shape[1]).transpose(1, 2).repeat_interleave(2, dim=1)
     q, k, v = (tensor.nan_to_num().transpose(1, 2) for tensor in case[:3])
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -116,7 +116,7 @@ def test_equals_dense_attention_under_the_explicit_mask(backend: str) -> None:
 
 def test_plain_causal_attention_where_the_window_covers_all() -> None:
     case = problem(64, offsets=False, spare=0).to(torch.float32)
-    actual = sparse_attention(*case[:4], window=64, block_size=BLOCK, scale=0.3)
+    actual = sparse_attention(*case[:4], window=64, block_size=BLOCK, scale=0.3).y
     q, k, v = (tensor.transpose(1, 2) for tensor in case[:3])
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
     assert_close(actual, expected.transpose(1, 2))
@@ -143,14 +143,14 @@ def test_repeated_blocks_and_the_sink_count_once() -> None:
 def test_one_step_equals_the_row_of_the_full_pass() -> None:
     """Decoding: one query per row, at its own position, over a longer cache whose rest is garbage."""
     case = problem(150, offsets=False, spare=20).to(torch.float32)
-    full = sparse_attention(*case[:4], window=WINDOW, block_size=BLOCK)
+    full = sparse_attention(*case[:4], window=WINDOW, block_size=BLOCK).y
     for positions in ([0, 3, 149], [WINDOW, 64, 100]):
         start, row = torch.tensor(positions), torch.arange(3)
         q, blocks = case.q[row, start][:, None], case.blocks[row, start][:, None]
         k, v = case.k.clone(), case.v.clone()
         for b, t in enumerate(positions):
             k[b, t + 1 :] = v[b, t + 1 :] = torch.nan
-        step = sparse_attention(q, k, v, blocks, start=start, window=WINDOW, block_size=BLOCK)
+        step = sparse_attention(q, k, v, blocks, start=start, window=WINDOW, block_size=BLOCK).y
         assert_close(step[:, 0], full[row, start])
 
 
@@ -202,7 +202,7 @@ def test_memory_is_linear_in_the_length() -> None:
         q, k, v = (torch.randn(1, length, heads, 4, requires_grad=True) for heads in (2, 1, 1))
         blocks = torch.randint(0, max(1, length // BLOCK), (1, length, 1, 2))
         with Sizes():
-            sparse_attention(q, k, v, blocks, window=WINDOW, block_size=BLOCK).sum().backward()
+            sparse_attention(q, k, v, blocks, window=WINDOW, block_size=BLOCK).y.sum().backward()
         return max(sizes)
 
     assert largest_tensor(4096) <= 2.2 * largest_tensor(2048)

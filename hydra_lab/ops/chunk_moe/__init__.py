@@ -3,7 +3,7 @@
 from torch import Tensor, int64
 
 from hydra_lab.ops.backend import Backend, implementation
-from hydra_lab.ops.checks import check_shape
+from hydra_lab.ops.checks import assert_on_device, check_shape
 
 __all__ = ["chunk_moe"]
 
@@ -42,7 +42,9 @@ def chunk_moe(
         [B, L, D], in the dtype of `x`.
 
     Raises:
-        ValueError: a shape, an expert or an option does not fit, or `experts` ends before the last token's chunk.
+        ValueError: a shape, an expert or an option does not fit, or `experts` ends before the last token's chunk. On
+            a CUDA device the values of `experts`, `offset` and `length` are checked there, without waiting for it: a
+            wrong one stops the device with an assertion, and the next call that waits for it raises RuntimeError.
     """
     check_shape("x", x, (None, None, None), "[B, L, D]")
     num_rows, num_positions, hidden_size = x.shape
@@ -65,11 +67,26 @@ def chunk_moe(
     if length is None:
         length = experts.new_full((num_rows,), num_positions)
     check_shape("length", length, (num_rows,), "[B]")
-    last_chunk = int((offset + length - 1).max()) // chunk_size
-    if last_chunk >= experts.shape[1]:
-        raise ValueError(f"experts holds {experts.shape[1]} chunks, but the tokens reach chunk {last_chunk}")
-    lowest, highest = int(experts.min()), int(experts.max())
-    if lowest < 0 or highest >= num_experts:
-        raise ValueError(f"experts must lie in 0 .. {num_experts - 1}, got {lowest} .. {highest}")
+    _check_values(experts, offset, length, num_experts=num_experts, chunk_size=chunk_size)
     run = implementation("chunk_moe", backend, x).chunk_moe
     return run(x, experts, weights, w_gate_up, w_down, chunk_size=chunk_size, offset=offset, length=length)
+
+
+def _check_values(
+    experts: Tensor, offset: Tensor, length: Tensor, *, num_experts: int, chunk_size: int
+) -> None:
+    """Raise, or on a CUDA device assert there, unless every expert exists and every token's chunk has experts."""
+    num_chunks = experts.shape[1]
+    end = (offset + length).max()
+    lowest, highest = experts.aminmax()
+    if experts.is_cuda:
+        assert_on_device(end <= num_chunks * chunk_size, "experts ends before the last token's chunk")
+        assert_on_device(
+            (lowest >= 0) & (highest < num_experts), f"experts must lie in 0 .. {num_experts - 1}"
+        )
+        return
+    if int(end) > num_chunks * chunk_size:
+        last_chunk = (int(end) - 1) // chunk_size
+        raise ValueError(f"experts holds {num_chunks} chunks, but the tokens reach chunk {last_chunk}")
+    if int(lowest) < 0 or int(highest) >= num_experts:
+        raise ValueError(f"experts must lie in 0 .. {num_experts - 1}, got {int(lowest)} .. {int(highest)}")

@@ -3,9 +3,10 @@
 from torch import Tensor, int64
 
 from hydra_lab.ops.backend import Backend, implementation
-from hydra_lab.ops.checks import check_shape
+from hydra_lab.ops.checks import assert_on_device, check_shape
+from hydra_lab.ops.sparse_attention.output import AttentionOutput
 
-__all__ = ["block_means", "select_blocks", "sparse_attention"]
+__all__ = ["AttentionOutput", "block_means", "select_blocks", "sparse_attention"]
 
 
 def block_means(k: Tensor, *, block_size: int, backend: Backend | None = None) -> Tensor:
@@ -89,8 +90,9 @@ def sparse_attention(
     window: int,
     block_size: int,
     scale: float | None = None,
+    mass: bool = False,
     backend: Backend | None = None,
-) -> Tensor:
+) -> AttentionOutput:
     """Softmax attention of each query over its window, the sink block and the blocks given for it.
 
     A query at position t sees key j iff `j <= t` and one of: `t - j < window`; j lies in block 0; j's block is
@@ -108,13 +110,16 @@ def sparse_attention(
         window: keys that a query sees in its window, itself included.
         block_size: tokens per block.
         scale: factor on the scores; None for `d ** -0.5`.
+        mass: also return which share of its probability a query gave to window, sink and selected blocks.
         backend: see `hydra_lab.ops.backend`; None for what `use_backend` says, else the fastest measured one.
 
     Returns:
-        [B, Lq, Hq, d] in the dtype of `q`.
+        (y [B, Lq, Hq, d] in the dtype of `q`, mass [B, Lq, Hq, 3] or None), see `AttentionOutput`.
 
     Raises:
-        ValueError: a shape or an option does not fit, or `k` ends before the last query.
+        ValueError: a shape or an option does not fit, or `k` ends before the last query. Where `start` lies on a GPU,
+            reading it would make the host wait: there a last query past the end of `k` stops the device with an
+            assertion instead, which a later call reports.
     """
     check_shape("k", k, (q.shape[0], None, None, q.shape[-1]), "[B, Lk, Hkv, d]")
     check_shape("v", v, k.shape, "[B, Lk, Hkv, d]")
@@ -122,13 +127,23 @@ def sparse_attention(
     check_shape("blocks", blocks, (q.shape[0], q.shape[1], k.shape[2], None), "[B, Lq, Hkv, K]")
     if blocks.dtype != int64:
         raise ValueError(f"blocks must be int64, got {blocks.dtype}")
-    needed = q.shape[1] + (0 if start is None else int(start.max()))
-    if k.shape[1] < needed:
-        raise ValueError(f"k holds {k.shape[1]} positions, but the queries reach position {needed - 1}")
+    _check_reach(q.shape[1], k.shape[1], start)
     _at_least_one(window=window, block_size=block_size)
+    window = min(window, k.shape[1])  # a wider one sees no more
     scale = q.shape[3] ** -0.5 if scale is None else scale
     run = implementation("sparse_attention", backend, q).sparse_attention
-    return run(q, k, v, blocks, start=start, window=window, block_size=block_size, scale=scale)
+    return run(q, k, v, blocks, start=start, window=window, block_size=block_size, scale=scale, mass=mass)
+
+
+def _check_reach(num_queries: int, num_keys: int, start: Tensor | None) -> None:
+    if start is not None and start.device.type == "cuda":
+        assert_on_device(
+            (start <= num_keys - num_queries).all(), "sparse_attention: k ends before the last query"
+        )
+        return
+    needed = num_queries + (0 if start is None else int(start.max()))
+    if num_keys < needed:
+        raise ValueError(f"k holds {num_keys} positions, but the queries reach position {needed - 1}")
 
 
 def _check_queries(q: Tensor, start: Tensor | None, num_key_heads: int) -> None:

@@ -7,6 +7,8 @@ Q query heads per key-value head, K selected blocks, d head size.
 import torch
 from torch import Tensor
 
+from hydra_lab.ops.sparse_attention.output import AttentionOutput
+
 
 def block_means(k: Tensor, *, block_size: int) -> Tensor:
     """See `hydra_lab.ops.sparse_attention.block_means`."""
@@ -52,11 +54,13 @@ def sparse_attention(
     window: int,
     block_size: int,
     scale: float,
-) -> Tensor:
+    mass: bool,
+) -> AttentionOutput:
     """See `hydra_lab.ops.sparse_attention.sparse_attention`."""
-    visible_BIGJ = visible(
-        blocks, num_keys=k.shape[1], start=start, window=window, block_size=block_size, device=q.device
+    window_BIGJ, sink_BIGJ, selected_BIGJ = parts(
+        blocks, num_keys=k.shape[1], start=start, window=window, block_size=block_size
     )
+    visible_BIGJ = window_BIGJ | sink_BIGJ | selected_BIGJ
     # A masked key has probability 0, but 0 * nan is nan: keys that no query of the row sees are removed.
     used_BJ = visible_BIGJ.any(dim=2).any(dim=1)[:, :, None, None]
     k, v = k.where(used_BJ, 0.0), v.where(used_BJ, 0.0)
@@ -64,20 +68,27 @@ def sparse_attention(
     q_BIGQd = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     score_BIGQJ = scale * torch.einsum("bigqd,bjgd->bigqj", q_BIGQd, k)
     probability_BIGQJ = score_BIGQJ.masked_fill(~visible_BIGJ[:, :, :, None, :], -torch.inf).softmax(dim=-1)
-    return torch.einsum("bigqj,bjgd->bigqd", probability_BIGQJ, v).flatten(2, 3)
+    y = torch.einsum("bigqj,bjgd->bigqd", probability_BIGQJ, v).flatten(2, 3)
+    if not mass:
+        return AttentionOutput(y, None)
+    part_3BIGJ = torch.stack([window_BIGJ, sink_BIGJ, selected_BIGJ]).to(probability_BIGQJ.dtype)
+    mass_BIGQ3 = torch.einsum("bigqj,pbigj->bigqp", probability_BIGQJ.detach(), part_3BIGJ)
+    return AttentionOutput(y, mass_BIGQ3.flatten(2, 3).float())
 
 
-def visible(
-    blocks: Tensor, *, num_keys: int, start: Tensor | None, window: int, block_size: int, device: torch.device
-) -> Tensor:
-    """The mask written out: [B, Lq, Hkv, Lk] bool, True where the query sees the key."""
+def parts(
+    blocks: Tensor, *, num_keys: int, start: Tensor | None, window: int, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask written out, [B, Lq, Hkv, Lk] bool: the keys that a query sees in its window; of the others those in
+    the sink block; of the others those in its selected blocks."""
     num_rows, num_queries = blocks.shape[:2]
-    t_BI1 = positions(start, num_rows, num_queries, device)[:, :, None]
-    j_J = torch.arange(num_keys, device=device)
-    causal_BIJ = j_J <= t_BI1
-    local_BIJ = (t_BI1 - j_J < window) | (j_J < block_size)
+    t_BI1 = positions(start, num_rows, num_queries, blocks.device)[:, :, None]
+    j_J = torch.arange(num_keys, device=blocks.device)
+    causal_BIGJ = (j_J <= t_BI1)[:, :, None, :].expand(num_rows, -1, blocks.shape[2], -1)
+    window_BIGJ = causal_BIGJ & (t_BI1 - j_J < window)[:, :, None, :]
+    sink_BIGJ = causal_BIGJ & ~window_BIGJ & (j_J < block_size)
     selected_BIGJ = (blocks[..., None] == j_J // block_size).any(dim=3)
-    return causal_BIJ[:, :, None, :] & (local_BIJ[:, :, None, :] | selected_BIGJ)
+    return window_BIGJ, sink_BIGJ, causal_BIGJ & ~window_BIGJ & ~sink_BIGJ & selected_BIGJ
 
 
 def positions(

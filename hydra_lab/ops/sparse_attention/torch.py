@@ -25,12 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hydra_lab.ops.sparse_attention.output import AttentionOutput
+
 WINDOW_TILE = 32
 """Queries per tile of the window part."""
 _PAIR_TILE = 64
 """(query, block) pairs per tile of the blocks part."""
 _SLICE_FLOATS = 1 << 20
 """Numbers that one step of the blocks part works on: bounds its memory and keeps it in the cache."""
+_SCORE_FLOATS = 1 << 19
+"""Scores that one step of the selection works on, on a CPU; on a GPU 64 times as many."""
 
 
 def block_means(k: Tensor, *, block_size: int) -> Tensor:
@@ -54,29 +58,36 @@ def select_blocks(
     """See `hydra_lab.ops.sparse_attention.select_blocks`."""
     num_rows, num_queries, num_heads, _ = q.shape
     num_blocks, num_key_heads = key_means.shape[1], key_means.shape[2]
-    with torch.autocast(q.device.type, enabled=False):
-        # The mean over the query heads of a group may be taken before the product.
-        q_BIGQd = q.float().reshape(num_rows, num_queries, num_key_heads, num_heads // num_key_heads, -1)
-        score_BGIJ = q_BIGQd.mean(dim=3).transpose(1, 2) @ key_means.float().permute(0, 2, 3, 1)
-    position = torch.arange(num_queries, device=q.device)[:, None] * serves
-    if start is not None:
-        position = start[:, None, None, None] + position
+    shape = (num_rows, num_queries, num_key_heads, num_selected)
+    scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
+    blocks = torch.full(shape, -1, dtype=torch.int64, device=q.device)
+    means_BGdJ = key_means.float().permute(0, 2, 3, 1)
     block = torch.arange(num_blocks, device=q.device)
-    candidate = (
-        (block >= 1)
-        & (block < position // block_size)
-        & (block * block_size <= position + serves - 1 - window)
-    )
-    score_BGIJ.masked_fill_(~candidate, -torch.inf)
-
-    scores = score_BGIJ.new_full((num_rows, num_key_heads, num_queries, num_selected), -torch.inf)
-    blocks = torch.zeros_like(scores, dtype=torch.int64)
-    for rank in range(min(num_selected, num_blocks)):
-        # torch.max returns the first of equal maxima, which topk does not promise.
-        scores[..., rank], blocks[..., rank] = score_BGIJ.max(dim=-1)
-        score_BGIJ.scatter_(-1, blocks[..., rank : rank + 1], -torch.inf)
-    blocks.masked_fill_(scores == -torch.inf, -1)
-    return blocks.transpose(1, 2).contiguous(), scores.transpose(1, 2).contiguous()
+    # All scores at once would take memory that grows with L * L.
+    floats = _SCORE_FLOATS if q.device.type == "cpu" else 64 * _SCORE_FLOATS
+    num_sliced = max(1, floats // max(1, num_rows * num_key_heads * num_blocks))
+    for first in range(0, num_queries, num_sliced):
+        queries = slice(first, min(first + num_sliced, num_queries))
+        with torch.autocast(q.device.type, enabled=False):
+            # The mean over the query heads of a group may be taken before the product.
+            q_BIGQd = torch.unflatten(q[:, queries].float(), 2, (num_key_heads, num_heads // num_key_heads))
+            score_BGIJ = q_BIGQd.mean(dim=3).transpose(1, 2) @ means_BGdJ
+        position = torch.arange(queries.start, queries.stop, device=q.device)[:, None] * serves
+        if start is not None:
+            position = start[:, None, None, None] + position
+        candidate = (
+            (block >= 1)
+            & (block < position // block_size)
+            & (block * block_size <= position + serves - 1 - window)
+        )
+        score_BGIJ.masked_fill_(~candidate, -torch.inf)
+        for rank in range(min(num_selected, num_blocks)):
+            # torch.max returns the first of equal maxima, which topk does not promise.
+            best_BGI, index_BGI = score_BGIJ.max(dim=-1)
+            score_BGIJ.scatter_(-1, index_BGI[..., None], -torch.inf)
+            scores[:, queries, :, rank] = best_BGI.transpose(1, 2)
+            blocks[:, queries, :, rank] = index_BGI.transpose(1, 2)
+    return blocks.masked_fill_(scores == -torch.inf, -1), scores
 
 
 def sparse_attention(
@@ -89,10 +100,14 @@ def sparse_attention(
     window: int,
     block_size: int,
     scale: float,
-) -> Tensor:
+    mass: bool,
+) -> AttentionOutput:
     """See `hydra_lab.ops.sparse_attention.sparse_attention`."""
-    apply = cast(Callable[..., Tensor], _SparseAttention.apply)  # pyright: ignore[reportUnknownMemberType]
-    return apply(q, k, v, blocks, start, window, block_size, scale)
+    apply = cast(
+        Callable[..., tuple[Tensor, Tensor | None]],
+        _SparseAttention.apply,  # pyright: ignore[reportUnknownMemberType]
+    )
+    return AttentionOutput(*apply(q, k, v, blocks, start, window, block_size, scale, mass))
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -107,15 +122,21 @@ class _SparseAttention(torch.autograd.Function):
         window: int,
         block_size: int,
         scale: float,
-    ) -> Tensor:
+        mass: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(q.device.type, enabled=False):
             pairs = _pair_up(blocks, num_keys=k.shape[1], start=start, window=window, block_size=block_size)
             problem = _Problem(q, k, v, pairs, start, window, block_size, scale)
-            out_NQd, log_sum_NQ = problem.forward()
+            out_NQd, log_sum_NQ, mass_NQ3 = problem.forward(mass)
             ctx.save_for_backward(q, k, v, start, out_NQd, log_sum_NQ)
             ctx.pairs = pairs
             ctx.options = (window, block_size, scale)
-            return problem.ungroup(out_NQd).to(q.dtype)
+            y = problem.ungroup(out_NQd).to(q.dtype)
+            if mass_NQ3 is None:
+                return y, None
+            mass_BIH3 = problem.ungroup(mass_NQ3).float()
+            ctx.mark_non_differentiable(mass_BIH3)
+            return y, mass_BIH3
 
     @staticmethod
     @once_differentiable
@@ -126,7 +147,7 @@ class _SparseAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             problem = _Problem(q, k, v, ctx.pairs, start, *ctx.options)
             d_q, d_k, d_v = problem.backward(grad_outputs[0], out_NQd, log_sum_NQ)
-        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None, None, None
+        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), *[None] * 6
 
 
 class _Pairs(NamedTuple):
@@ -231,7 +252,7 @@ class _Problem:
 
     def ungroup(self, x_NQd: Tensor) -> Tensor:
         """[N, Q, d] -> [B, I, H, d]."""
-        x = x_NQd.view(self.num_rows, self.num_key_heads, self.num_queries, self.group, self.head_size)
+        x = x_NQd.view(self.num_rows, self.num_key_heads, self.num_queries, self.group, -1)
         return x.transpose(1, 2).flatten(2, 3)
 
     # The window.
@@ -306,8 +327,9 @@ class _Problem:
 
     # The two passes.
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Output [N, Q, d] and log-sum-exp of the visible scores [N, Q]."""
+    def forward(self, mass: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output [N, Q, d], log-sum-exp of the visible scores [N, Q] and, if asked for, the probability [N, Q, 3] of
+        window, sink and selected blocks."""
         k_RWd, v_RWd = self._align(self.k), self._align(self.v)
         q_Rqd = self.q_NQd.view(k_RWd.shape[0], -1, self.head_size)
         out_Rqd = torch.empty_like(q_Rqd)
@@ -321,6 +343,7 @@ class _Problem:
             top_Rq1[:, queries] = top
             sum_Rq1[:, queries] = weight.sum(dim=-1, keepdim=True)
         out, top, total = out_Rqd.view(-1, self.head_size), top_Rq1.flatten(), sum_Rq1.flatten()
+        part_p3 = torch.stack([total, *[torch.zeros_like(total)] * 2], dim=-1) if mass else None
 
         if (pairs := self.pairs) is not None:
             # One more place, weightless, for queries that lack a pair.
@@ -348,13 +371,18 @@ class _Problem:
             top_pair = top_p[place]
             highest = torch.maximum(top, top_pair.amax(dim=-1))
             rescale, rescale_pair = (top - highest).exp_(), (top_pair - highest[:, None]).exp_()
-            total = total * rescale + (sum_p[place] * rescale_pair).sum(dim=-1)
+            sum_pair = sum_p[place] * rescale_pair
+            if mass:  # of a query's pairs the sink is the first
+                part_p3 = torch.stack([total * rescale, sum_pair[:, 0], sum_pair[:, 1:].sum(dim=-1)], dim=-1)
+            total = total * rescale + sum_pair.sum(dim=-1)
             out = out * rescale[:, None] + F.embedding_bag(
                 place, out_p, mode="sum", per_sample_weights=rescale_pair
             )
             top = highest
         out = out / total[:, None]
-        return out.view(self.q_NQd.shape), (top + total.log()).view(self.q_NQd.shape[:2])
+        shape = self.q_NQd.shape[:2]
+        mass_NQ3 = None if part_p3 is None else (part_p3 / total[:, None]).view(*shape, 3)
+        return out.view(self.q_NQd.shape), (top + total.log()).view(shape), mass_NQ3
 
     def backward(self, d_out: Tensor, out_NQd: Tensor, log_sum_NQ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, in their layouts."""
