@@ -32,7 +32,7 @@ def causal_conv(
     apply = cast(Callable[..., Tensor], _Convolution.apply)  # pyright: ignore[reportUnknownMemberType]
     y_BLD = apply(extended_BLD, weight_DW, bias_D, activation)
     if length is None:
-        final_BWD = extended_BLD[:, positions:]
+        final_BWD = extended_BLD[:, positions:].clone()  # a view would keep all of it
     else:
         taps = torch.arange(before, device=x_BLD.device)
         row = torch.arange(rows, device=x_BLD.device)

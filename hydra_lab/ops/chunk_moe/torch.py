@@ -50,9 +50,11 @@ def chunk_moe(
         if expert_x_PD.shape[0] > 0:
             gate_PF, up_PF = F.linear(expert_x_PD, gate_up_FD).chunk(2, dim=-1)
             outputs.append(F.linear(F.silu(gate_PF) * up_PF, down_DF))
+    del x_PD
     # The last row, of zeros, is what pairs without a token read.
     dtype = outputs[0].dtype if outputs else x.dtype
     y_PD = torch.cat([*outputs, x.new_zeros(1, hidden_size, dtype=dtype)])
+    outputs.clear()
 
     place = torch.empty_like(order)
     place[order] = torch.arange(order.shape[0], device=x.device)

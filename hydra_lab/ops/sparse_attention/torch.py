@@ -29,6 +29,8 @@ from hydra_lab.ops.sparse_attention.output import AttentionOutput
 
 WINDOW_TILE = 32
 """Queries per tile of the window part."""
+_SPAN = 8192
+"""Queries that are worked on at once where no gradient is wanted."""
 _PAIR_TILE = 64
 """(query, block) pairs per tile of the blocks part."""
 _SLICE_FLOATS = 1 << 20
@@ -107,7 +109,23 @@ def sparse_attention(
         Callable[..., tuple[Tensor, Tensor | None]],
         _SparseAttention.apply,  # pyright: ignore[reportUnknownMemberType]
     )
-    return AttentionOutput(*apply(q, k, v, blocks, start, window, block_size, scale, mass))
+    num_queries = q.shape[1]
+    if torch.is_grad_enabled() or num_queries <= _SPAN:
+        return AttentionOutput(*apply(q, k, v, blocks, start, window, block_size, scale, mass))
+    # Without gradients nothing joins the queries, and what they need beside their output is a multiple of it.
+    if start is None:
+        start = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    y = torch.empty_like(q)
+    shares = q.new_empty(*q.shape[:3], 3, dtype=torch.float32) if mass else None
+    for first in range(0, num_queries, _SPAN):
+        span = slice(first, min(first + _SPAN, num_queries))
+        part, part_shares = apply(
+            q[:, span], k, v, blocks[:, span], start + first, window, block_size, scale, mass
+        )
+        y[:, span] = part
+        if shares is not None and part_shares is not None:
+            shares[:, span] = part_shares
+    return AttentionOutput(y, shares)
 
 
 class _SparseAttention(torch.autograd.Function):
