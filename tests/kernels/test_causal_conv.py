@@ -1,14 +1,15 @@
 """The kernels of the causal convolution against the sum written out, in float64."""
 
 import mmap
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from hydra_lab.ops.causal_conv import causal_conv
+from hydra_lab.ops.causal_conv import causal_conv, mamba_ssm
 from tests.kernels.checking import (
     DEVICE,
     DTYPES,
@@ -169,3 +170,97 @@ def test_offsets_beyond_32_bits() -> None:
     )
     for name, tensor in near.items():
         assert torch.equal(wide[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": torch.tensor([3, 5])}, "no rows of their own length"),
+        ({"weight_DW": torch.zeros(8, 5), "initial_state": torch.zeros(2, 8, 4)}, "not 5"),
+        (
+            {"x_BLD": torch.zeros(2, 5, 6), "weight_DW": torch.zeros(6, 4), "initial_state": None},
+            "multiple of 8",
+        ),
+    ],
+)
+def test_what_causal_conv1d_lacks_is_named(change: dict[str, Any], message: str) -> None:
+    given = {
+        "x_BLD": torch.zeros(2, 5, 8),
+        "weight_DW": torch.zeros(8, 4),
+        "initial_state": torch.zeros(2, 8, 3),
+    }
+    given |= change
+    with pytest.raises(ValueError, match=message):
+        mamba_ssm.causal_conv(
+            given["x_BLD"], given["weight_DW"], None, given["initial_state"], given.get("length"), "silu"
+        )
+
+
+class _Stub:
+    """As much of causal-conv1d as its signatures promise, on the oracle; it checks what the C++ checks."""
+
+    @staticmethod
+    def causal_conv1d_fn(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        initial_states: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0
+        if initial_states is not None:
+            assert initial_states.stride(1) == 1 and initial_states.dtype == x.dtype
+        y, _ = causal_conv(
+            x.transpose(1, 2),
+            weight,
+            bias,
+            initial_state=initial_states,
+            activation="silu",
+            backend="reference",
+        )
+        return y.transpose(1, 2)
+
+    @staticmethod
+    def causal_conv1d_update(
+        x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+    ) -> Tensor:
+        y, state = causal_conv(
+            x[:, None], weight, bias, initial_state=conv_state, activation="silu", backend="reference"
+        )
+        conv_state.copy_(state)
+        return y[:, 0]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 40])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_causal_conv1d_is_called_as_it_wants(
+    length: int, state: bool, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wiring, on a stand-in: layouts, decoding, the final state and its gradient."""
+    monkeypatch.setitem(sys.modules, "causal_conv1d", cast(Any, _Stub))
+    inputs = {name: tensor.float() for name, tensor in problem(length, channels=8, state=state).items()}
+    wide = torch.cat([inputs["x_BLD"], torch.zeros(2, length, 3)], dim=-1)[..., :8]  # strides of 11
+
+    def through(given: Mapping[str, Tensor]) -> Results:
+        arguments = (
+            given["x_BLD"],
+            given["weight_DW"],
+            given["bias_D"],
+            given.get("initial_state"),
+            None,
+            "silu",
+        )
+        return dict(zip(("y", "final_state"), mamba_ssm.causal_conv(*arguments), strict=True))
+
+    kept = inputs.get("initial_state", torch.zeros(())).clone()
+    if not training:
+        with torch.no_grad():
+            actual, expected = through(inputs | {"x_BLD": wide}), run(inputs, backend="reference")
+        assert_agree(actual, {name: tensor.double() for name, tensor in expected.items()}, torch.float32)
+    else:
+        actual = outputs_and_gradients(through, inputs | {"x_BLD": wide})
+        expected = outputs_and_gradients(lambda given: run(given, backend="reference"), inputs)
+        assert_agree(actual, {name: tensor.double() for name, tensor in expected.items()}, torch.float32)
+    assert torch.equal(inputs.get("initial_state", torch.zeros(())), kept)
