@@ -54,7 +54,8 @@ def measure_capture(plan: CapturePlan, progress: Progress) -> BenchResult:
         "29m", hidden_size=plan.hidden_size, attention_num_heads=heads, attention_num_kv_heads=heads
     )
     torch.manual_seed(plan.seed)
-    model: Any = HydraForCausalLM(config).to(plan.device, plan.dtype).eval()
+    model: Any = HydraForCausalLM(config).eval()
+    model = model.to(plan.device, plan.dtype)
     ids = torch.randint(config.vocab_size, (1, plan.length), device=plan.device)
     calls: dict[str, Callable[[], Any]] = {
         PLAIN: lambda: _without_taps(model, ids),

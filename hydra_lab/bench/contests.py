@@ -208,12 +208,12 @@ class Arena:
         self.peer(made, "torch conv1d", None, conv1d)
         return made
 
-    def attention_inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, int]]:
+    def attention_inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """q, k, v, the blocks that each tile's first token selects, and the options of `sparse_attention`."""
         c, L, d = self.config, self.length, self.config.attention_head_dim
         heads = (c.attention_num_heads, c.attention_num_kv_heads, c.attention_num_kv_heads)
         q, k, v = (self.random(1, L, count, d) for count in heads)
-        options = {"window": c.attention_window, "block_size": c.attention_block_size}
+        options: dict[str, Any] = {"window": c.attention_window, "block_size": c.attention_block_size}
         size = c.attention_block_size
         chosen, _ = select_blocks(
             q.detach()[:, ::size],
@@ -264,8 +264,8 @@ class Arena:
 
         def dense() -> Contestant:
             def run() -> Tensor:
-                heads_first = (t.transpose(1, 2) for t in (q, k, v))
-                return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+                query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+                return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
             return Contestant(run, (q, k, v))
 

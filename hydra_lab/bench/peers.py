@@ -52,6 +52,8 @@ def peer_configs(preset: str, device: torch.device) -> tuple[dict[str, PreTraine
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
     }  # fmt: skip
 
+    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
+
     def llama(width: int) -> PreTrainedConfig:
         return LlamaConfig(
             hidden_size=size["hidden"],
@@ -60,7 +62,7 @@ def peer_configs(preset: str, device: torch.device) -> tuple[dict[str, PreTraine
             num_attention_heads=size["heads"],
             num_key_value_heads=size["kv_heads"],
             max_position_embeddings=1 << 20,
-            attn_implementation="sdpa",
+            **attention,
             **vocabulary,
         )
 

@@ -227,7 +227,7 @@ def describe_model(model: HydraForCausalLM, tokenizer: Any) -> dict[str, Any]:
 
 def _backends(model: HydraForCausalLM) -> str:
     """The backends that the model's operations run on, such as "torch" or "torch, triton"."""
-    with default_backend(model.config.ops_backend):
+    with default_backend(cast(Any, model.config.ops_backend)):
         return ", ".join(sorted(set(current_backends(next(model.parameters())).values())))
 
 

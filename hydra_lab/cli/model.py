@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -207,7 +207,7 @@ def _operations(config: "HydraConfig") -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for device in devices:
         name = device_name(device)
-        with default_backend(config.ops_backend):
+        with default_backend(cast(Any, config.ops_backend)):
             chosen = current_backends(torch.empty(0, device=device))
         for operation, backend in chosen.items():
             times = measured_times(name).get(operation)

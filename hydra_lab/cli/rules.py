@@ -26,6 +26,9 @@ BAD_INPUT = 2
 OUR_ERROR = 1
 INTERRUPTED = 130
 
+PIPE_WIDTH = 160
+"""Columns of a table that is not printed to a terminal."""
+
 EXTRA_OF = {
     "accelerate": "train",
     "dask": "scale",
@@ -137,7 +140,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # A file or a pipe has no width of its own: there nothing is cut off.
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 def say(line: str) -> None:

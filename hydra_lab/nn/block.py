@@ -73,7 +73,7 @@ class HydraBlock(GradientCheckpointingLayer):
     def __init__(self, config: HydraConfig, index: int) -> None:
         super().__init__()
         self.index = index
-        self.ops_backend = cast(Backend, config.ops_backend)
+        self.ops_backend: Backend = cast(Any, config.ops_backend)
         self.paths = tuple(path for path in PATHS if index in config.layers_with(path))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         for path in self.paths:

@@ -104,7 +104,7 @@ def test_throughput_measures_prefill_and_decode() -> None:
     for found in result.findings["time"]:
         parts = [seconds for part, seconds in found["seconds"].items() if part != "total"]
         assert all(seconds > 0 for seconds in parts)
-    assert len(plot_result(result, "dark").data) == 9
+    assert len(list(plot_result(result, "dark").select_traces())) == 9
     with pytest.raises(ValueError, match="contexts must ascend"):
         measure_throughput(ThroughputPlan(**{**plan.__dict__, "contexts": (64, 32)}), silent)
 
@@ -140,7 +140,7 @@ def test_a_result_survives_a_file_and_can_be_drawn(kernels: BenchResult, tmp_pat
     kernels.save(path)
     again = BenchResult.read(path)
     assert again.to_dict() == json.loads(json.dumps(kernels.to_dict()))
-    assert len(plot_result(again).data) > 3
+    assert len(list(plot_result(again).select_traces())) > 3
     path.write_text("{}")
     with pytest.raises(ValueError, match="is not a bench result"):
         BenchResult.read(path)

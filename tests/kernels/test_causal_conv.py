@@ -37,7 +37,7 @@ def problem(
 
 
 def run(inputs: Mapping[str, Tensor], **options: Any) -> Results:
-    given = {"bias_D": None, "activation": "silu"} | dict(inputs) | options
+    given: dict[str, Any] = {"bias_D": None, "activation": "silu"} | dict(inputs) | options
     y, final_state = causal_conv(**given)
     return {"y": y, "final_state": final_state}
 

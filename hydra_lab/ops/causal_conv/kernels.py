@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
 # (what `triton.jit` turns into kernels cannot be typed)
 """Triton kernels of the causal convolution, forward and backward. See the README beside this.
 
@@ -105,7 +105,7 @@ class _Convolution(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_initial, None, None
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if tensor is None else tensor.stride()
 
 
