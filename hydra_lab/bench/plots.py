@@ -20,7 +20,7 @@ def _subtitle(result: BenchResult) -> str:
     commit = (environment["commit"] or "no commit")[:10]
     return (
         f"{environment['device']}, {environment['hardware']['threads']} threads, {settings['dtype']}, batch 1, "
-        f"median and quartiles of {settings['rounds']} rounds; {commit}"
+        f"medians of {settings['rounds']} rounds; {commit}"
     )
 
 
