@@ -44,10 +44,11 @@ test-types: $(STAMP) ## static types
 	$(BIN)/pyright
 
 test-unit: $(STAMP) ## unit and property tests
-	$(BIN)/pytest -n $(PYTEST_WORKERS) -m "not kernel and not notebook and not dashboard and not browser" $(ARGS)
+	$(BIN)/pytest -n $(PYTEST_WORKERS) --ignore=tests/kernels \
+		-m "not notebook and not dashboard and not browser" $(ARGS)
 
 test-kernels: $(STAMP) ## the Triton kernels in the interpreter, and compiled for an H100
-	$(BIN)/pytest -n $(PYTEST_WORKERS) -m kernel $(ARGS)
+	$(BIN)/pytest -n $(PYTEST_WORKERS) tests/kernels $(ARGS)
 
 test-notebooks: $(STAMP) ## run the lessons from top to bottom
 	$(BIN)/pytest -m notebook $(ARGS)

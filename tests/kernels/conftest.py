@@ -1,15 +1,27 @@
 """Kernels run on a GPU where there is one, else in Triton's interpreter, and write into poisoned memory."""
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():  # read when the kernels' modules are imported
+IMPORTED_BEFORE = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
+if not torch.cuda.is_available():  # read when triton and the kernels' modules are imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-import pytest
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In one process with other tests, which may have imported triton without its interpreter, nothing runs here."""
+    if IMPORTED_BEFORE and not torch.cuda.is_available():
+        alone = pytest.mark.skip(
+            reason="triton was imported without its interpreter: run `make test-kernels`"
+        )
+        for item in items:
+            if item.path.parent.name == "kernels":
+                item.add_marker(alone)
 
 
 @pytest.fixture(autouse=True)
