@@ -17,9 +17,8 @@ def spans(draw: st.DrawFn) -> tuple[Span, int, int]:
     numbers = st.lists(st.integers(0, 20), min_size=batch, max_size=batch)
     start = draw(st.none() | numbers)
     length = draw(st.none() | st.lists(st.integers(0, size), min_size=batch, max_size=batch))
-    tensors = (None if values is None else torch.tensor(values) for values in (start, length))
-    start, length = tensors
-    return Span(size, start, length), batch, draw(st.integers(1, 9))
+    start_B, length_B = (None if values is None else torch.tensor(values) for values in (start, length))
+    return Span(size, start_B, length_B), batch, draw(st.integers(1, 9))
 
 
 def cell_of(span: Span, row: int, t: int, chunk_size: int) -> tuple[int, int]:
