@@ -11,6 +11,8 @@ truth, and one that replaces it changes the model. The first axis of every tenso
 flattened to [B*L], because nnsight slices that axis per invoke.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -95,11 +97,58 @@ class StateSummary(NamedTuple):
     decay: Tensor
 
 
+class ChunkStates(NamedTuple):
+    """The states of a state-space path, whole.
+
+    Attributes:
+        states: [B, C, H, P, N] fp32 state of each head at the end of each chunk (or after the row's last token, in the
+            chunk that holds it).
+    """
+
+    states: Tensor
+
+
+class AttentionMass(NamedTuple):
+    """Where the probability of a sparse attention path went.
+
+    Attributes:
+        mass: [B, L, H, 3] fp32 share of each query head's probability that its window, the sink block and the selected
+            blocks received; sums to 1. A key that qualifies twice counts for the first of the three.
+    """
+
+    mass: Tensor
+
+
 class Tap(nn.Module):
     """Identity on a decision; the place to hook."""
 
     def forward(self, decision: Decision) -> Decision:
         return decision
+
+
+class RequestedTap(Tap):
+    """A tap that carries something only while somebody asks (`requested`), because it costs work or memory.
+
+    Attributes:
+        num_requests: how many ask at the moment.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_requests = 0
+
+
+@contextmanager
+def requested(taps: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context, those of `taps` that are a `RequestedTap` carry what they have to say."""
+    asked = [tap for tap in taps if isinstance(tap, RequestedTap)]
+    for tap in asked:
+        tap.num_requests += 1
+    try:
+        yield
+    finally:
+        for tap in asked:
+            tap.num_requests -= 1
 
 
 TAPS: dict[str, type] = {
@@ -111,6 +160,17 @@ TAPS: dict[str, type] = {
     "ssm.state": StateSummary,
 }
 """Tap points below `model.layers.<i>.` and the decision that each carries."""
+
+REQUESTED_TAPS: dict[str, type] = {
+    "ssm.states": ChunkStates,
+    "ssm.readout": ChunkStates,
+    "attention.mass": AttentionMass,
+}
+"""Tap points that carry something only while they are requested.
+
+`ssm.states` is what a chunk hands to the next one: a state written there is where all later tokens go on from.
+`ssm.readout` is what the chunk's last token reads: a state written there changes the output of that token alone.
+`attention.mass` is a measurement; writing it raises ValueError."""
 
 PATHS: tuple[str, ...] = ("ssm", "attention", "moe", "workspace", "memory")
 """The paths of a block, in the order in which the curriculum switches them on."""

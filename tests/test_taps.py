@@ -10,6 +10,7 @@ from torch import Tensor
 from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.taps import (
     PATHS,
+    REQUESTED_TAPS,
     TAPS,
     Lookup,
     Routing,
@@ -87,7 +88,12 @@ def test_the_table_of_taps() -> None:
 
 def test_the_model_has_these_taps_and_no_others(model: HydraForCausalLM) -> None:
     found = {name for name, module in model.named_modules() if isinstance(module, Tap)}
-    assert found == {f"model.layers.{layer}.{name}" for layer, name in places(model)}
+    on_request = {
+        f"model.layers.{layer}.{name}"
+        for name in REQUESTED_TAPS
+        for layer in model.config.layers_with(name.split(".")[0])
+    }
+    assert found == {f"model.layers.{layer}.{name}" for layer, name in places(model)} | on_request
 
 
 def test_every_tap_fires_with_the_shapes_of_the_table(model: HydraForCausalLM) -> None:

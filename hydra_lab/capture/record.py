@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hydra_lab.locks import model_lock
 from hydra_lab.modeling import HydraForCausalLM
-from hydra_lab.taps import Tap
+from hydra_lab.taps import RequestedTap, Tap, requested
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
@@ -104,8 +104,9 @@ def record(
         model: a `HydraForCausalLM`.
         input_ids: [B, L] token ids, on any device.
         attention_mask: [B, L] nonzero where a token is present (padding on the left or on the right); None: all.
-        taps: which taps: None for all; or one or more of a full path, the end of one ("moe.routing",
-            "layers.2.memory.lookup"), or a pattern with * ("layers.2.*").
+        taps: which taps: None for all but the requested ones (`hydra_lab.taps.REQUESTED_TAPS`); or one or more of a
+            full path, the end of one ("moe.routing", "layers.2.memory.lookup", "ssm.states"), or a pattern with *
+            ("layers.2.*").
         contributions: also measure what each path adds to the residual stream (`PathUpdate`).
         hidden: also keep the residual stream after each block.
 
@@ -118,7 +119,7 @@ def record(
     decisions: dict[str, Any] = {}
     updates: dict[str, PathUpdate] = {}
     residuals: dict[int, Tensor] = {}
-    with ExitStack() as hooks, model_lock(model), torch.no_grad():
+    with ExitStack() as hooks, model_lock(model), torch.no_grad(), requested(chosen.values()):
         for path, tap in chosen.items():
             handle = tap.register_forward_hook(_keep_decision(decisions, path))
             hooks.callback(handle.remove)
@@ -148,7 +149,7 @@ def select_taps(model: nn.Module, taps: str | Sequence[str] | None = None) -> di
     """
     present = {path: module for path, module in model.named_modules() if isinstance(module, Tap)}
     if taps is None:
-        return present
+        return {path: tap for path, tap in present.items() if not isinstance(tap, RequestedTap)}
     wanted = [taps] if isinstance(taps, str) else list(taps)
     chosen: set[str] = set()
     for name in wanted:

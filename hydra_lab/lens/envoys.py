@@ -16,7 +16,7 @@ from nnsight.intervention.eproperty import eproperty
 from nnsight.intervention.interleaver import Mediator
 from torch import Tensor
 
-from hydra_lab.taps import TAPS
+from hydra_lab.taps import REQUESTED_TAPS, TAPS
 
 SHORT_NAMES: dict[str, dict[str, str]] = {
     "moe": {name: f"moe.routing.{name}" for name in ("logits", "experts", "weights")},
@@ -31,6 +31,9 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
 }
 """Names on a path's envoy for fields of its taps. The workspace has two taps with equal field names, so there the tap
 is always spelled out: `workspace.write.gate`, `workspace.read.gate`."""
+
+
+ALL_TAPS = TAPS | REQUESTED_TAPS
 
 
 def unchanged(view: Tensor, original: Tensor) -> bool:
@@ -200,8 +203,9 @@ class PathEnvoy(Envoy):
 
 
 def _tap_envoy(tap: str) -> type[Envoy]:
-    fields = {name: tap_field(tap, name, name, "output") for name in TAPS[tap]._fields}
-    return type(f"{TAPS[tap].__name__}Envoy", (TapEnvoy,), {"output": _decision(tap), **fields})
+    decision = ALL_TAPS[tap]
+    fields = {name: tap_field(tap, name, name, "output") for name in decision._fields}
+    return type(f"{decision.__name__}Envoy", (TapEnvoy,), {"output": _decision(tap), **fields})
 
 
 def _path_envoy(path: str) -> type[Envoy]:
@@ -212,7 +216,7 @@ def _path_envoy(path: str) -> type[Envoy]:
     return type(f"{path.capitalize()}Envoy", (PathEnvoy,), fields)
 
 
-ENVOYS: dict[str, type[Envoy]] = {f"layers.*.{tap}": _tap_envoy(tap) for tap in TAPS} | {
+ENVOYS: dict[str, type[Envoy]] = {f"layers.*.{tap}": _tap_envoy(tap) for tap in ALL_TAPS} | {
     f"layers.*.{path}": _path_envoy(path) for path in SHORT_NAMES
 }
 """Envoy class by the end of a module's path."""

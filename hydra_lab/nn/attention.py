@@ -9,7 +9,7 @@ from hydra_lab.chunks import ChunkGrid, Span, take
 from hydra_lab.config import HydraConfig
 from hydra_lab.nn.layers import OutputProjection
 from hydra_lab.ops.sparse_attention import block_means, select_blocks, sparse_attention
-from hydra_lab.taps import Selection, Tap
+from hydra_lab.taps import AttentionMass, RequestedTap, Selection, Tap
 
 
 class Storage:
@@ -74,6 +74,7 @@ class AttentionPath(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = OutputProjection(self.num_heads * self.head_dim, config.hidden_size, bias=False)
         self.selection = Tap()
+        self.mass = RequestedTap()
 
     def forward(
         self, hidden_BLD: Tensor, span: Span, state: AttentionState | None, keep_state: bool
@@ -99,7 +100,10 @@ class AttentionPath(nn.Module):
             start=span.start,
             window=self.window,
             block_size=self.block_size,
-        ).y
+            mass=self.mass.num_requests > 0,
+        )
+        if out.mass is not None and self.mass(AttentionMass(out.mass)).mass is not out.mass:
+            raise ValueError("attention.mass is a measurement and cannot be written; write attention.selection")
         new_state = None
         if keep_state:
             last_B = span.last_index(query.shape[0], query.device).clamp(min=0)
@@ -112,7 +116,7 @@ class AttentionPath(nn.Module):
             new_state = AttentionState(
                 keys, values, key_means, tile_blocks, tile_scores, storage, storage.turn
             )
-        return self.o_proj(out.flatten(-2)), new_state
+        return self.o_proj(out.y.flatten(-2)), new_state
 
     def _select(
         self, query: Tensor, key_means: Tensor, span: Span, state: AttentionState | None

@@ -10,10 +10,11 @@ from transformers import initialization as init
 
 from hydra_lab.chunks import ChunkGrid, Span
 from hydra_lab.config import HydraConfig
+from hydra_lab.nn import state_edits
 from hydra_lab.nn.layers import GatedRMSNorm
 from hydra_lab.ops.causal_conv import causal_conv
 from hydra_lab.ops.ssd import SSDOutput, ssd
-from hydra_lab.taps import StateSummary, Tap
+from hydra_lab.taps import ChunkStates, RequestedTap, StateSummary, Tap
 
 
 class SSMState(NamedTuple):
@@ -53,6 +54,8 @@ class SSMPath(nn.Module):
         self.norm = GatedRMSNorm(self.inner_size, self.num_groups, config.norm_eps)
         self.out_proj = nn.Linear(self.inner_size, config.hidden_size, bias=False)
         self.state = Tap()
+        self.states = RequestedTap()
+        self.readout = RequestedTap()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -105,12 +108,38 @@ class SSMPath(nn.Module):
         decided: StateSummary = self.state(summary)
         unwritten = (measured_BCH, dt_BLH * A_H)
         written = [_was_written(*each) for each in zip(decided, summary, versions, unwritten, strict=True)]
+        scale_BCH = None
         if any(written):
             scale_BCH = decided.norms / measured_BCH.clamp(min=torch.finfo(torch.float32).tiny)
             boundary_BLH = self._leaving_scale(grid, scale_BCH)
             scan = self._scan(grid, inputs, A_H, decided.decay + boundary_BLH, initial)
             scan = scan._replace(final_state=scan.final_state * grid.at_last(scale_BCH)[..., None, None])
+        if scan.chunk_states is not None:
+            scan = self._with_written_states(scan, grid, C_BLGN, decided.decay, scale_BCH)
         return scan.y.flatten(-2), SSMState(conv_state, scan.final_state)
+
+    def _with_written_states(
+        self,
+        scan: SSDOutput,
+        grid: ChunkGrid,
+        C_BLGN: Tensor,
+        decay_BLH: Tensor,
+        scale_BCH: Tensor | None,
+    ) -> SSDOutput:
+        """What the scan makes of the states that were written at the taps `readout` and `states`."""
+        read_BCHPN = scan.chunk_states
+        assert read_BCHPN is not None
+        if self.readout.num_requests:
+            written: ChunkStates = self.readout(ChunkStates(read_BCHPN.clone()))
+            scan = scan._replace(y=state_edits.read_out(scan.y, read_BCHPN, written.states, C_BLGN, grid))
+        if self.states.num_requests:
+            leaving_BCHPN = read_BCHPN if scale_BCH is None else read_BCHPN * scale_BCH[..., None, None]
+            written = self.states(ChunkStates(leaving_BCHPN.clone()))
+            y, added = state_edits.carry(
+                scan.y, leaving_BCHPN, written.states, C_BLGN, decay_BLH, scale_BCH, grid
+            )
+            scan = scan._replace(y=y, final_state=scan.final_state + added)
+        return scan
 
     def _scan(
         self,
@@ -137,6 +166,7 @@ class SSMPath(nn.Module):
             initial_state=initial,
             chunk_size=self.chunk_size,
             squared_norms=True,
+            chunk_states=self.states.num_requests + self.readout.num_requests > 0,
         )
         if aligned:
             return out
