@@ -106,7 +106,7 @@ def record(
         attention_mask: [B, L] nonzero where a token is present (padding on the left or on the right); None: all.
         taps: which taps: None for all but the requested ones (`hydra_lab.taps.REQUESTED_TAPS`); or one or more of a
             full path, the end of one ("moe.routing", "layers.2.memory.lookup", "ssm.states"), or a pattern with *
-            ("layers.2.*").
+            ("layers.2.*", "layers.*.ssm.states"; one that ends in * leaves the requested ones out).
         contributions: also measure what each path adds to the residual stream (`PathUpdate`).
         hidden: also keep the residual stream after each block.
 
@@ -153,7 +153,11 @@ def select_taps(model: nn.Module, taps: str | Sequence[str] | None = None) -> di
     wanted = [taps] if isinstance(taps, str) else list(taps)
     chosen: set[str] = set()
     for name in wanted:
-        matches = {path for path in present if _matches(path, name)}
+        matches = {
+            path
+            for path, tap in present.items()
+            if _matches(path, name) and not (name.endswith("*") and isinstance(tap, RequestedTap))
+        }
         if not matches:
             raise ValueError(f"this model has no tap {name!r}; it has {', '.join(present) or 'none'}")
         chosen |= matches
