@@ -1,4 +1,5 @@
-"""Decoding at one launch per token: a step of the model as a captured CUDA graph over a state that stays in place."""
+"""Reading a long prompt in pieces, and decoding at one launch per token: a step of the model as a captured CUDA graph
+over a state that stays in place."""
 
 from typing import Any
 
@@ -6,8 +7,47 @@ import torch
 from torch import Tensor
 
 from hydra_lab.cache import HydraCache
-from hydra_lab.modeling import HydraForCausalLM
+from hydra_lab.modeling import HydraCausalLMOutput, HydraForCausalLM
 from hydra_lab.nn.attention import AttentionState
+
+PIECE = 4096
+"""Tokens that a CPU reads at a time: the buffers of a longer piece outgrow its caches and go back to the system."""
+
+
+@torch.no_grad()
+def prefill(
+    model: HydraForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, *, piece: int = PIECE
+) -> HydraCausalLMOutput:
+    """Read a prompt piece by piece: what one forward pass over all of it gives, in the memory of a piece.
+
+    Args:
+        input_ids: [B, L] token ids.
+        attention_mask: [B, L] nonzero where a token is present; None: all.
+        piece: tokens at a time.
+
+    Returns:
+        Output of the last piece: `logits` [B, 1, vocabulary] of the last column, and `past_key_values`.
+
+    Raises:
+        ValueError: there is no token, or `piece` is below 1.
+    """
+    if input_ids.shape[1] < 1 or piece < 1:
+        raise ValueError(
+            f"prefill needs a token and a piece of at least 1, got {list(input_ids.shape)}, piece {piece}"
+        )
+    out, cache = None, None
+    for start in range(0, input_ids.shape[1], piece):
+        end = start + piece
+        out = model(
+            input_ids=input_ids[:, start:end],
+            attention_mask=None if attention_mask is None else attention_mask[:, :end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+    assert out is not None
+    return out
 
 
 class StaticStep:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hydra_lab.decoding import DecodeGraph, StaticStep
+from hydra_lab.decoding import DecodeGraph, StaticStep, prefill
 from tests.helpers import lively_model, random_ids
 
 
@@ -32,3 +32,25 @@ def test_a_graph_needs_a_gpu() -> None:
         cache = model(input_ids=random_ids(model.config, 1, 5), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="needs a CUDA device, and the model is on 'cpu'"):
         DecodeGraph(model, cache, room=5)
+
+
+def test_a_prompt_in_pieces_is_the_prompt_at_once() -> None:
+    """With a row that is padding throughout the first piece, and pieces that end anywhere in chunks and blocks."""
+    model = lively_model()
+    ids = random_ids(model.config, 2, 50)
+    mask = torch.ones(2, 50, dtype=torch.long)
+    mask[1, :19] = 0
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=True)
+        after = model(input_ids=ids[:, :1], past_key_values=whole.past_key_values)
+    pieces = prefill(model, ids, mask, piece=17)
+    torch.testing.assert_close(pieces.logits, whole.logits[:, -1:], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        next_step = model(input_ids=ids[:, :1], past_key_values=pieces.past_key_values)
+    torch.testing.assert_close(next_step.logits, after.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_without_a_token_cannot_be_read() -> None:
+    model = lively_model()
+    with pytest.raises(ValueError, match=r"needs a token .* got \[1, 0\]"):
+        prefill(model, torch.zeros(1, 0, dtype=torch.long))

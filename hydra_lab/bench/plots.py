@@ -67,10 +67,12 @@ def _throughput(result: BenchResult, theme: Theme) -> go.Figure:
             col=3,
             **style,
         )
-    figure.update_xaxes(type="log", title="context, tokens", dtick=0.30103, tickformat="~s")
-    figure.update_yaxes(type="log", row=1, col=1)
+    contexts = result.settings["contexts"]
+    labels = [f"{context // 1024}K" if context >= 1024 else str(context) for context in contexts]
+    figure.update_xaxes(type="log", title="context, tokens", tickvals=contexts, ticktext=labels, tickangle=0)
+    figure.update_yaxes(type="log", dtick="D2", tickformat="~s", row=1, col=1)
     figure.update_yaxes(rangemode="tozero", row=1, col=2)
-    figure.update_yaxes(type="log", row=1, col=3)
+    figure.update_yaxes(type="log", dtick="D2", tickformat="~g", row=1, col=3)
     return _titled(figure, f"Throughput by context, {result.settings['preset']}", result, theme, height=400)
 
 

@@ -26,13 +26,17 @@ from hydra_lab.bench.timing import (
     take_turns,
 )
 from hydra_lab.config import HydraConfig
-from hydra_lab.decoding import DecodeGraph
+from hydra_lab.decoding import PIECE, DecodeGraph, prefill
 from hydra_lab.ops import use_backend
 from hydra_lab.taps import PATHS
 
 GIB = 1 << 30
 
 GRAPH = "hydra, captured graph"
+
+GPU_PIECE = 65536
+"""Tokens that Hydra reads at a time on a GPU; on a CPU it is `PIECE`. Peers read a prompt at once: the fused causal
+attention has no such form, and Mamba-2 in transformers takes single tokens only once it has a state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,11 @@ class ThroughputPlan:
     device: torch.device
     dtype: torch.dtype
     seed: int = 0
+
+    @property
+    def piece(self) -> int:
+        """Tokens that Hydra reads at a time."""
+        return PIECE if self.device.type == "cpu" else GPU_PIECE
 
 
 def measure_throughput(plan: ThroughputPlan, progress: Progress) -> BenchResult:
@@ -94,6 +103,7 @@ def measure_throughput(plan: ThroughputPlan, progress: Progress) -> BenchResult:
             "contexts": list(plan.contexts),
             "rounds": plan.rounds,
             "decode_steps": plan.decode_steps,
+            "piece": plan.piece,
             "batch": 1,
             "dtype": str(plan.dtype).removeprefix("torch."),
             "seed": plan.seed,
@@ -154,7 +164,11 @@ class _Throughput:
 
     def _run_prefill(self, name: str, context: int) -> None:
         self.caches.pop((name, context), None)
-        out = self.models[name](input_ids=self.ids[:, :context], use_cache=True, logits_to_keep=1)
+        ids = self.ids[:, :context]
+        if name == "hydra":
+            out = prefill(self.models[name], ids, piece=self.plan.piece)
+        else:
+            out = self.models[name](input_ids=ids, use_cache=True, logits_to_keep=1)
         self.caches[name, context] = out
 
     def _expected_seconds(self, name: str, context: int) -> float:
@@ -292,8 +306,7 @@ def time_by_path(model: Any, ids: Tensor, plan: ThroughputPlan, progress: Progre
             progress(f"time by path at {context:,}: round {turn + 1} of {plan.rounds}")
             clock.seconds = dict.fromkeys(PATHS, 0.0)
             begin = clock.now()
-            with torch.no_grad():
-                model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            prefill(model, ids, piece=plan.piece)
             total = clock.now() - begin
             rounds.append({**clock.seconds, "rest": total - sum(clock.seconds.values()), "total": total})
     finally:

@@ -173,7 +173,7 @@ def _report(
     as_json: bool,
     show: "Callable[[BenchResult], None]",
 ) -> "BenchResult":
-    """Measure under a progress line, then print, keep and draw."""
+    """Measure under a progress line, then keep, print and draw."""
     import transformers
 
     if plot is not None:
@@ -186,14 +186,14 @@ def _report(
         result = measure(progress)
     if out is not None:
         result.save(out)
-    if plot is not None:
-        _draw(result, plot)
     if as_json:
         print_json(result.to_dict())
     else:
         _print_environment(result)
         show(result)
         _print_goals(result)
+    if plot is not None:  # last: it may need a browser that is not there
+        _draw(result, plot)
     return result
 
 
@@ -211,10 +211,13 @@ def _progress() -> "Iterator[Callable[[str], None]]":
 
 def _draw(result: "BenchResult", path: Path) -> None:
     from hydra_lab.bench.plots import plot_result
-    from hydra_lab.figures.export import write_html, write_png
+    from hydra_lab.figures.export import NoBrowserError, write_html, write_png
 
     write = write_png if path.suffix == ".png" else write_html
-    write({path.stem: plot_result(result)}, path.parent)
+    try:
+        write({path.stem: plot_result(result)}, path.parent)
+    except NoBrowserError as error:
+        raise BadInput(f"{path} was not drawn: {error}; a .html plot needs no browser") from error
 
 
 def _print_environment(result: "BenchResult") -> None:

@@ -62,7 +62,8 @@ def test_padding_is_moved_out_of_the_way(model: Any, ids: Tensor, left: bool) ->
             size = value.shape[1]
             # tolerance: the same sums in another order where the batch has another shape
             torch.testing.assert_close(getattr(together[path], name)[:1, :size], value, msg=f"{path}.{name}")
-    torch.testing.assert_close(together.logits[:1, columns], alone.logits)
+    # 1e-4, as the rule of isolation allows: after four blocks the other order of the sums shows on some processors
+    torch.testing.assert_close(together.logits[:1, columns], alone.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_taps_are_chosen_by_name(model: Any, ids: Tensor) -> None:
