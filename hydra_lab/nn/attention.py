@@ -103,7 +103,9 @@ class AttentionPath(nn.Module):
             mass=self.mass.num_requests > 0,
         )
         if out.mass is not None and self.mass(AttentionMass(out.mass)).mass is not out.mass:
-            raise ValueError("attention.mass is a measurement and cannot be written; write attention.selection")
+            raise ValueError(
+                "attention.mass is a measurement and cannot be written; write attention.selection"
+            )
         new_state = None
         if keep_state:
             last_B = span.last_index(query.shape[0], query.device).clamp(min=0)

@@ -1,8 +1,8 @@
 """What a written state changes: the recurrence is linear, so an edit travels beside the states as a difference.
 
-    D_c  = written_c - measured_c                 where a state was written at the end of chunk c
-    D_c  = exp(log decay over c) D_{c-1}          where none was
-    y_t += C_t . (exp(log decay of c up to t) D_{c-1})        for the tokens t of chunk c
+D_c  = written_c - measured_c                 where a state was written at the end of chunk c
+D_c  = exp(log decay over c) D_{c-1}          where none was
+y_t += C_t . (exp(log decay of c up to t) D_{c-1})        for the tokens t of chunk c
 """
 
 import torch
