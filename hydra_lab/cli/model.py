@@ -116,8 +116,8 @@ def generate(
 ) -> None:
     """Continue a prompt; the text appears as it is made.
 
-    With --intervene a changed model does: hydra-lab generate demo 'Once' --intervene 'moe[0].ablate(expert=2)'. The
-    changes that there are: python -c 'import hydra_lab.interventions as i; help(i)'.
+    With --intervene a changed model does: hydra-lab generate demo Once --intervene 'moe[0].ablate(expert=2)'. What
+    there is to change: python -m pydoc hydra_lab.interventions.
     """
     import torch
     from transformers import TextStreamer, set_seed

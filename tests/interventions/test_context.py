@@ -269,6 +269,36 @@ class TestTogether:
             assert made == () and torch.equal(logits_of(model, ids), before)
 
 
+def test_inference_mode(model: Any, ids: Tensor) -> None:
+    with intervened(model, *VOCABULARY):
+        expected = logits_of(model, ids)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.inference_mode(), intervened(model, *VOCABULARY):
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_lower_precision(ids: Tensor, precision: str) -> None:
+    """Each change runs in bf16 and does what it does in fp32, as far as bf16 goes."""
+    model = lively_model(seed=3)
+    exact: dict[str, Tensor] = {}
+    for change in VOCABULARY:
+        with intervened(model, change):
+            exact[str(change)] = logits_of(model, ids)
+    if precision == "bfloat16":
+        model = model.to(torch.bfloat16)
+    for change in VOCABULARY:
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"),
+            intervened(model, change),
+        ):
+            logits = logits_of(model, ids)
+        # Where rounding turns a router's choice all later logits differ, so most of them are compared, not all.
+        error = (logits.float() - exact[str(change)]).abs().flatten().quantile(0.5)
+        assert error < 0.2, name(change)
+
+
 def test_nothing_is_changed_where_one_change_is_impossible(model: Any) -> None:
     with pytest.raises(ValueError, match="block 0 has no memory path"):
         with intervened(
