@@ -287,16 +287,16 @@ def test_lower_precision(ids: Tensor, precision: str) -> None:
         with intervened(model, change):
             exact[str(change)] = logits_of(model, ids)
     if precision == "bfloat16":
-        model = model.to(torch.bfloat16)
+        model.bfloat16()
     for change in VOCABULARY:
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"),
             intervened(model, change),
         ):
             logits = logits_of(model, ids)
-        # Where rounding turns a router's choice all later logits differ, so most of them are compared, not all.
-        error = (logits.float() - exact[str(change)]).abs().flatten().quantile(0.5)
-        assert error < 0.2, name(change)
+        # The median: where rounding turns a router's choice all later logits differ. Without a change it is 0.03.
+        error = (logits.float() - exact[str(change)]).abs().median()
+        assert error < 0.06, name(change)
 
 
 def test_nothing_is_changed_where_one_change_is_impossible(model: Any) -> None:
