@@ -123,6 +123,7 @@ class ScaleDecay(Intervention):
         finally:
             for handle in handles:
                 handle.remove()
+            vars(path).pop("A_log", None)  # where a pass failed between the two hooks
 
 
 @torch.no_grad()
