@@ -48,7 +48,7 @@ def ratio(numerator: FloatArray, denominator: FloatArray | float) -> FloatArray:
     return out
 
 
-def weighted_counts(index: AnyIntArray, weight: AnyFloatArray, size: int) -> FloatArray:
+def weighted_counts(index: AnyIntArray, weight: AnyFloatArray | IntArray, size: int) -> FloatArray:
     """[size] fp64 sum of the weights of each index; both of any one shape."""
     return np.asarray(np.bincount(index.ravel(), weights=weight.ravel(), minlength=size), dtype=np.float64)
 

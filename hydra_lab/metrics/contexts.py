@@ -76,7 +76,7 @@ def top_contexts(
     if not 0 <= item < len(score):
         raise ValueError(f"{kind} {item} is not one of 0..{len(score) - 1}")
     found = score[item] != NO_SCORE
-    length_ZL = summary["tokens"]["length"]
+    length_L: IntArray = summary["tokens"]["length"].sum(axis=0)
     return TopContexts(
         layer=layer,
         kind=kind,
@@ -84,6 +84,6 @@ def top_contexts(
         score=score[item][found].astype(np.float64),
         sample=sample[item][found].astype(np.int64),
         position=position[item][found].astype(np.int64),
-        num_tokens=int((length_ZL @ np.arange(length_ZL.shape[1])).sum()),
-        num_samples=int(length_ZL.sum()),
+        num_tokens=int(length_L @ np.arange(len(length_L))),
+        num_samples=int(length_L.sum()),
     )

@@ -141,7 +141,7 @@ def _by_group(
     num_tokens_Q: IntArray,
     num_samples_Q: IntArray,
 ) -> MemoryUseByGroup:
-    read = np.flatnonzero(weight_QR.sum(axis=1) > 0)
+    read: list[int] = np.flatnonzero(weight_QR.sum(axis=1)).tolist()
     if len(read) == 0:
         raise ValueError("the record holds no memory read")
     share_QR = weight_QR[read] / weight_QR[read].sum(axis=1, keepdims=True)
@@ -200,9 +200,10 @@ def _kl_to_uniform(share_R: FloatArray) -> float:
 def _evenness_at_random(mean: float) -> tuple[float, float]:
     """KL to uniform (nats) and Gini coefficient of many numbers that are Poisson with this mean."""
     widest = 12 * np.sqrt(mean) + 30  # what lies beyond has a probability below 1e-20
-    number = np.arange(max(0, int(mean - widest)), int(mean + widest) + 1, dtype=np.float64)
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, number[-1] + 1)))])
-    probability = np.exp(number * np.log(mean) - mean - log_factorial[number.astype(np.int64)])
+    lowest, highest = max(0, int(mean - widest)), int(mean + widest)
+    number = np.arange(lowest, highest + 1, dtype=np.float64)
+    log_factorial = np.cumsum(np.log(np.maximum(1.0, np.arange(highest + 1, dtype=np.float64))))[lowest:]
+    probability = np.exp(number * np.log(mean) - mean - log_factorial)
     relative = number / mean
     kl = (probability * relative * np.log(np.where(relative > 0, relative, 1.0))).sum()
     # the mean absolute difference of two draws is 2 sum F (1 - F); Gini is half of it over the mean

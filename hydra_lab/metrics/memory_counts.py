@@ -25,6 +25,7 @@ from hydra_lab.metrics.arrays import (
     valid_mask,
 )
 from hydra_lab.summaries import Summary, layers_of
+from hydra_lab.summaries.arrays import Samples
 from hydra_lab.summaries.memory import MOST_ROW_CELLS, count_gates, count_reads
 from hydra_lab.summaries.tokens import length_counts
 
@@ -83,17 +84,15 @@ class LookupRecord:
     def counts(self) -> "LookupCounts":
         """What the metrics need of the record, counted once."""
         domains, domain_N = domain_codes(self.domains)
-        by_domain = {"length_N": self.length, "domain_N": domain_N, "num_domains": len(domains)}
-        counted: dict[str, Any] = count_reads(
-            self.addresses, self.weights, num_rows=self.num_rows, **by_domain
-        )
-        counted |= count_gates(self.gate, **by_domain)
+        samples = Samples(self.length, domain_N, len(domains))
+        counted: dict[str, Any] = dict(count_reads(self.addresses, self.weights, samples, self.num_rows))
+        counted |= count_gates(self.gate, samples)
         return LookupCounts(
             layer=self.layer,
             num_keys=self.num_keys,
             num_heads=self.addresses.shape[2],
             domains=domains,
-            length=length_counts(self.length, domain_N, len(domains), self.tokens.shape[1]),
+            length=length_counts(samples, self.tokens.shape[1]),
             **counted,
         )
 
@@ -150,7 +149,7 @@ class LookupCounts:
         if layer not in layers:
             raise ValueError(f"block {layer} has no memory; blocks {', '.join(map(str, layers))} have")
         block = {name: array[layers.index(layer)] for name, array in summary["memory"].items()}
-        present = domain_order(summary["tokens"]["first_sample"])
+        present: list[int] = domain_order(summary["tokens"]["first_sample"]).tolist()
         by_domain = ("gate_sum", "gate_square", "gate_histogram", "weight_by_domain", "reads_by_domain")
         counted = {name: block[name][present] for name in by_domain if name in block}
         whole = ("weight", "reads", "weight_by_head", "reads_by_head")

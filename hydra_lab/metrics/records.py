@@ -207,7 +207,7 @@ def _path_use(layers: tuple[int, ...], paths: Sequence[str], sums: dict[str, NDA
     share, cosine = (
         ratio(sums[f"{name}_sum"], sums[f"{name}_tokens"].astype(np.float64)) for name in ("share", "cosine")
     )
-    kept = np.flatnonzero(~np.isnan(share).all(axis=0))
+    kept: list[int] = np.flatnonzero(~np.isnan(share).all(axis=0)).tolist()
     none = np.zeros((len(kept), 0))
     return PathUse(
         layers=layers,

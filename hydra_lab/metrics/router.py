@@ -207,22 +207,23 @@ def router_saturation(
     chunks_Z = final.chunks @ member_NZ
     last_YNCE, top_k = final.chosen, final.experts.shape[-1]
     last_load_YE = last_YNCE.sum(axis=(1, 2)) / max(1, int(final.chunks.sum()))
-    by_domain, whole, independent = [], [], []
-    for record in earlier:
+    num_earlier, num_layers = len(earlier), len(final.layers)
+    whole_TY, independent_TY = np.zeros((2, num_earlier, num_layers))
+    by_domain_TYZ = np.zeros((num_earlier, num_layers, len(domains)))
+    for t, record in enumerate(earlier):
         chosen_YNCE = record.chosen
         common_YZ = (chosen_YNCE & last_YNCE).sum(axis=(2, 3)) @ member_NZ
         load_YE = chosen_YNCE.sum(axis=(1, 2)) / max(1, int(final.chunks.sum()))
-        by_domain.append(ratio(common_YZ, top_k * chunks_Z))
-        whole.append(ratio(common_YZ.sum(axis=-1), float(top_k * chunks_Z.sum())))
-        independent.append((load_YE * last_load_YE).sum(axis=-1) / top_k)
-    shape = (len(earlier), len(final.layers))
+        by_domain_TYZ[t] = ratio(common_YZ, top_k * chunks_Z)
+        whole_TY[t] = ratio(common_YZ.sum(axis=-1), float(top_k * chunks_Z.sum()))
+        independent_TY[t] = (load_YE * last_load_YE).sum(axis=-1) / top_k
     return RouterSaturation(
         layers=final.layers,
         checkpoints=tuple(names),
         domains=domains,
-        saturation=np.array(whole).reshape(shape),
-        by_domain=np.array(by_domain).reshape(*shape, len(domains)),
-        if_independent=np.array(independent).reshape(shape),
+        saturation=whole_TY,
+        by_domain=by_domain_TYZ,
+        if_independent=independent_TY,
         num_chunks=int(final.chunks.sum()),
         num_samples=len(final.length),
     )

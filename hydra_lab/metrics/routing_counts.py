@@ -22,9 +22,11 @@ from hydra_lab.metrics.arrays import (
     domain_codes,
     domain_order,
     valid_mask,
+    weighted_counts,
 )
 from hydra_lab.summaries import WINDOWS, Summary, layers_of, position_edges
-from hydra_lab.summaries.routing import choices, count_choices, count_margins, count_tokens, weigh_positions
+from hydra_lab.summaries.arrays import Samples
+from hydra_lab.summaries.routing import Choices, count_choices, count_margins, count_tokens, weigh_positions
 from hydra_lab.summaries.tokens import length_counts
 
 
@@ -90,43 +92,40 @@ class RoutingRecord:
     @property
     def chosen(self) -> BoolArray:
         """[Y, N, C, E] whether the expert is among the chunk's top-k; False past a sample's end."""
-        chosen_NYCE = choices(self.experts.swapaxes(0, 1), **self._grid)
-        return chosen_NYCE.swapaxes(0, 1)
+        return self._choices.chosen.swapaxes(0, 1)
 
-    @property
-    def _grid(self) -> dict[str, Any]:
-        return {"length_N": self.length, "chunk_size": self.chunk_size, "num_experts": self.num_experts}
+    @cached_property
+    def _choices(self) -> Choices:
+        names, domain_N = domain_codes(self.domains)
+        return Choices(
+            experts=self.experts.swapaxes(0, 1),
+            samples=Samples(self.length, domain_N, len(names)),
+            num_experts=self.num_experts,
+            chunk_size=self.chunk_size,
+        )
 
     @cached_property
     def counts(self) -> "RoutingCounts":
         """What the metrics need of the record, counted once."""
-        domains, domain_N = domain_codes(self.domains)
-        experts_NYCK = self.experts.swapaxes(0, 1)
-        by_domain = {"domain_N": domain_N, "num_domains": len(domains)}
-        counted: dict[str, Any] = count_choices(experts_NYCK, **self._grid, **by_domain)
+        counted: dict[str, Any] = dict(count_choices(self._choices))
         if self.weights is not None:
             edges = np.arange(self.weights.shape[2] + 1, dtype=np.int64)
             counted["edges"] = edges
-            counted["weight_by_position"] = weigh_positions(
-                experts_NYCK, self.weights.swapaxes(0, 1), edges=edges, **self._grid
-            )
+            counted["weight_by_position"] = weigh_positions(self._choices, self.weights.swapaxes(0, 1), edges)
         if self.logits is not None:
-            logits_NYCE = self.logits.swapaxes(0, 1)
-            counted |= count_margins(experts_NYCK, logits_NYCE, **self._grid, **by_domain)
+            counted |= count_margins(self._choices, self.logits.swapaxes(0, 1))
         if self.tokens is not None:
             inside = self.tokens[valid_mask(self.length, self.tokens.shape[1])]
             vocab_size = int(inside.max()) + 1 if inside.size else 1
-            counted["token_choices"] = count_tokens(
-                experts_NYCK, self.tokens, vocab_size=vocab_size, **self._grid
-            )
+            counted["token_choices"] = count_tokens(self._choices, self.tokens, vocab_size)
         most_tokens = self.experts.shape[2] * self.chunk_size
         return RoutingCounts(
             layers=self.layers,
-            domains=domains,
+            domains=domain_codes(self.domains)[0],
             num_experts=self.num_experts,
             top_k=self.experts.shape[-1],
             chunk_size=self.chunk_size,
-            length=length_counts(self.length, domain_N, len(domains), most_tokens),
+            length=length_counts(self._choices.samples, most_tokens),
             **counted,
         )
 
@@ -195,7 +194,7 @@ class RoutingCounts:
         if "routing" not in summary:
             raise ValueError(f"the summary has no routing; it has {', '.join(summary)}")
         arrays, tokens = summary["routing"], summary["tokens"]
-        present = domain_order(tokens["first_sample"])
+        present: list[int] = domain_order(tokens["first_sample"]).tolist()
         by_domain = ("chosen", "first", "switched", "kept", "margin_sum", "margin_square", "margin_histogram")
         counted = {name: arrays[name][:, present] for name in by_domain if name in arrays}
         whole = ("by_chunk", "pairs", "used_in_window", "weight_by_position", "token_choices")
@@ -230,8 +229,10 @@ class RoutingCounts:
     @property
     def samples_with_chunk(self) -> IntArray:
         """[C] samples that have a c-th chunk."""
-        has_chunk = self._chunks_of_length[:, None] > np.arange(self.by_chunk.shape[1])
-        return self.length.sum(axis=0) @ has_chunk.astype(np.int64)
+        samples_by_chunks = weighted_counts(
+            self._chunks_of_length, self.length.sum(axis=0), self.by_chunk.shape[1] + 1
+        )
+        return np.cumsum(samples_by_chunks[::-1])[::-1][1:].astype(np.int64)
 
     @property
     def samples_with_position(self) -> IntArray:
@@ -241,12 +242,15 @@ class RoutingCounts:
     @property
     def num_windows(self) -> IntArray:
         """[W] windows of `WINDOWS[w]` successive tokens of a sample."""
-        starts = np.maximum(0, np.arange(self.length.shape[1])[:, None] - np.array(WINDOWS) + 1)
+        windows = np.array(WINDOWS, dtype=np.int64)
+        tokens = np.arange(self.length.shape[1], dtype=np.int64)
+        starts = np.maximum(0, np.subtract.outer(tokens, windows) + 1)
         return self.length.sum(axis=0) @ starts
 
     @property
     def _chunks_of_length(self) -> IntArray:
-        return -(-np.arange(self.length.shape[1], dtype=np.int64) // self.chunk_size)
+        tokens = np.arange(self.length.shape[1], dtype=np.int64)
+        return (tokens + self.chunk_size - 1) // self.chunk_size
 
 
 Routing = RoutingRecord | RoutingCounts

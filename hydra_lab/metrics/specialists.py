@@ -78,14 +78,14 @@ def expert_by_token_class(
     if counts.token_choices is None:
         raise ValueError("expert_by_token_class needs the token ids of the routing; this routing has none")
     choices_YET = counts.token_choices
-    num_ids = int(choices_YET.any(axis=(0, 1)).nonzero()[0].max(initial=-1)) + 1
+    num_ids = int(np.flatnonzero(choices_YET.sum(axis=(0, 1))).max(initial=-1)) + 1
     if num_ids > len(classes):
         raise ValueError(f"token id {num_ids - 1} occurs, but classes has {len(classes)} entries")
     if len(classes) and int(classes.max()) >= len(names):
         raise ValueError(f"classes holds {classes.max()}, but there are {len(names)} names")
     member_TA = (classes[:num_ids, None] == np.arange(len(names))).astype(np.int64)
     choices_YEA = choices_YET[..., :num_ids] @ member_TA
-    present = np.flatnonzero(choices_YEA.any(axis=(0, 1)))
+    present: list[int] = np.flatnonzero(choices_YEA.sum(axis=(0, 1))).tolist()
     choices_YAE = choices_YEA[..., present].swapaxes(1, 2)
     share = ratio(choices_YAE.astype(np.float64), choices_YAE.sum(axis=-1, keepdims=True).astype(np.float64))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -146,7 +146,7 @@ def specialization(experts: ExpertByDomain | ExpertByTokenClass) -> Specializati
         kind, labels, number_A = "domain", experts.domains, experts.num_chunks
     else:
         kind, labels, number_A = "token class", experts.classes, experts.num_tokens
-    seen = np.flatnonzero(number_A)
+    seen: list[int] = np.flatnonzero(number_A).tolist()
     labels, number_A, share_YAE = tuple(labels[a] for a in seen), number_A[seen], experts.share[:, seen]
     num_labels, num_experts = len(labels), experts.share.shape[-1]
     if num_labels < 2:

@@ -18,7 +18,7 @@ FIELDS: Fields = {
 
 def summarize(batch: Batch) -> Arrays:
     """The arrays of `FIELDS`."""
-    return token_sums(batch["paths", "share"], batch["paths", "cosine"], batch.length)
+    return token_sums(batch["paths", "share"], batch["paths", "cosine"], batch.samples.length)
 
 
 def token_sums(share_NYP: NDArray[Any], cosine_NYP: NDArray[Any], length_N: IntArray) -> Arrays:
