@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 from hydra_lab import metrics, summaries
+from hydra_lab.capture.in_memory import capture_batch
 from hydra_lab.summaries import Summary
 from hydra_lab.taps import PATHS
+from tests.helpers import lively_model
 
 _spec = spec_from_file_location("summary_rows", Path(__file__).parents[1] / "summaries" / "rows.py")
 assert _spec is not None and _spec.loader is not None
@@ -65,9 +68,48 @@ class DrawnCapture(dict[str, xr.Dataset]):
         return summaries.summarize(part, config=CONFIG, domains=NAMES, first_sample=start)
 
 
+class RecordedCapture:
+    """A batch that a model was run on, with its summary."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        model = lively_model()
+        ids = torch.randint(model.config.vocab_size, (5, 40), generator=torch.Generator().manual_seed(2))
+        length = torch.tensor([40, 33, 7, 16, 1])
+        labels = ("b", "a", "a", "b", "c")
+        self.batch = capture_batch(model, ids, (torch.arange(40) < length[:, None]).long(), domains=labels)
+        names = sorted(set(labels))
+        rows = {
+            (group, str(name)): array.to_numpy()
+            for group, arrays in self.batch.items()
+            for name, array in arrays.data_vars.items()
+        }
+        rows["tokens", "domain"] = np.array([names.index(label) for label in labels])
+        self.attributes = {**self.batch.attributes, "domains": names}
+        self.summary = summaries.summarize(
+            rows, config=self.attributes["config"], domains=names, first_sample=0
+        )
+
+
 @pytest.fixture(scope="module")
 def capture() -> DrawnCapture:
     return DrawnCapture()
+
+
+def test_a_model_s_own_decisions() -> None:
+    recorded = RecordedCapture()
+    assert set(recorded.summary) == {"tokens", "routing", "attention", "workspace", "memory", "ssm", "paths"}
+    routing = metrics.routing_record(recorded.batch, logits=True)
+    counts = metrics.summarized_routing(recorded)
+    assert counts.layers == routing.layers and counts.domains == ("b", "a", "c")
+    assert_same(metrics.expert_load(counts), metrics.expert_load(routing))
+    margin = metrics.routing_margin(counts)
+    assert_same(margin, metrics.routing_margin(routing))
+    # the choice follows the logits, so no margin is below zero but by the 16 bits they are stored in
+    assert (margin.quantiles >= 0).all() and (margin.mean > 0).all()
+    lookups = metrics.lookup_record(recorded.batch, 2)
+    assert_same(metrics.memory_use(metrics.summarized_lookups(recorded, 2)), metrics.memory_use(lookups))
+    assert_same(metrics.summarized_path_use(recorded), metrics.captured_path_use(recorded.batch), rtol=1e-6)
 
 
 def assert_same(have: Any, want: Any, rtol: float = 1e-12) -> None:
