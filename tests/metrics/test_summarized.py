@@ -52,7 +52,7 @@ class DrawnCapture(dict[str, xr.Dataset]):
                 for (of, name), dims in DIMS.items()
                 if of == group
             }
-            coordinates = {"layer": list(summaries.layers_of(CONFIG, group))}
+            coordinates: dict[str, list[Any]] = {"layer": list(summaries.layers_of(CONFIG, group))}
             if group == "paths":
                 coordinates["path"] = list(PATHS)
             self[group] = xr.Dataset(
