@@ -8,6 +8,7 @@ from hydra_lab.figures.contexts import top_contexts as top_contexts
 from hydra_lab.figures.export import NoBrowserError as NoBrowserError
 from hydra_lab.figures.export import write_html as write_html
 from hydra_lab.figures.export import write_png as write_png
+from hydra_lab.figures.loss import loss_by_domain as loss_by_domain
 from hydra_lab.figures.memory import address_overlap as address_overlap
 from hydra_lab.figures.memory import beta_by_domain as beta_by_domain
 from hydra_lab.figures.memory import dead_addresses as dead_addresses

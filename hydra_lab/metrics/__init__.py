@@ -22,6 +22,8 @@ from hydra_lab.metrics.information import information_of_labels as information_o
 from hydra_lab.metrics.information import label_preference_p_values as label_preference_p_values
 from hydra_lab.metrics.information import mean_interval as mean_interval
 from hydra_lab.metrics.information import mutual_information as mutual_information
+from hydra_lab.metrics.loss import LossByDomain as LossByDomain
+from hydra_lab.metrics.loss import loss_by_domain as loss_by_domain
 from hydra_lab.metrics.memory import BetaByDomain as BetaByDomain
 from hydra_lab.metrics.memory import DeadAddresses as DeadAddresses
 from hydra_lab.metrics.memory import MemoryMap as MemoryMap

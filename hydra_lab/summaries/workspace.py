@@ -31,9 +31,12 @@ FIELDS: Fields = {
     "gated_read_by_lag": Field(("layer", "slot", "lag"), "sum over tokens of read gate times attention on the slot, by "
                                "the age of what is read there: entry l of what was written l chunks before the "
                                "token's own, entry 0 of what the slot started with"),
+    "gated_read_by_chunk": Field(("layer", "chunk"), "sum over the chunk's tokens and all slots of read gate times "
+                                 "attention"),
     "read_gate_by_position": Field(("layer", "position_bin"), "sum over the bin's tokens of the read gate"),
     "read_entropy_by_position": Field(("layer", "position_bin"), "sum over the bin's tokens of the relative entropy of "
                                       "their attention over the slots"),
+    "gated_read_entropy": Field(("layer",), "sum over tokens of read gate times that entropy"),
     "read_entropy_histogram": Field(("layer", "share"), "tokens by that entropy, in thousandths (0 .. 1000)"),
     "write_gate_sum": Field(("layer", "slot"), "sum over whole chunks of the write gate"),
     "write_gate_log_sum": Field(("layer", "slot"), "sum over whole chunks of ln(1 - write gate)"),
@@ -76,6 +79,7 @@ def _block(batch: Batch, y: int) -> Arrays:
     write_entropy_MS = _relative_entropy(address_NCST[whole_NC[:, :num_whole]])
     write_gate_MS = write_gate_NCS[whole_NC]
     gated_NLS = gate_NL[..., None] * read_NLS
+    gated_NCS = np.add.reduceat(gated_NLS, np.arange(0, num_positions, chunk_size), axis=1)
     is_written_NL = whole_NC[:, position_L // chunk_size]
     written_NLS = np.where(
         is_written_NL[..., None], write_NLS * write_gate_NCS[:, position_L // chunk_size], -1.0
@@ -85,11 +89,11 @@ def _block(batch: Batch, y: int) -> Arrays:
     return {
         "read_by_position": by_position(read_NLS),
         "read_by_domain": sum_by_domain(read_NLS.sum(axis=1), batch.samples),
-        "gated_read_by_lag": _by_lag(
-            gated_NLS, np.where(whole_NC[..., None], write_gate_NCS, 0.0), chunk_size
-        ),
+        "gated_read_by_lag": _by_lag(gated_NCS, np.where(whole_NC[..., None], write_gate_NCS, 0.0)),
+        "gated_read_by_chunk": gated_NCS.sum(axis=(0, 2)),
         "read_gate_by_position": by_position(gate_NL),
         "read_entropy_by_position": by_position(read_entropy_NL),
+        "gated_read_entropy": (gate_NL * read_entropy_NL).sum(),
         "read_entropy_histogram": count(share_steps(read_entropy_NL[mask_NL]), SHARE_STEPS + 1),
         "write_gate_sum": write_gate_MS.sum(axis=0),
         "write_gate_log_sum": log_sum_S,
@@ -101,12 +105,10 @@ def _block(batch: Batch, y: int) -> Arrays:
     }
 
 
-def _by_lag(gated_NLS: FloatArray, write_gate_NCS: FloatArray, chunk_size: int) -> FloatArray:
+def _by_lag(read_NCS: FloatArray, write_gate_NCS: FloatArray) -> FloatArray:
     """[S, C] `gated_read_by_lag`: of the content of a slot at chunk c, the candidate of chunk c' has the weight
     `gate_c' prod_{c' < j < c} (1 - gate_j)`, and what the slot started with the rest."""
     num_chunks = write_gate_NCS.shape[1]
-    starts = np.arange(0, gated_NLS.shape[1], chunk_size)
-    read_NCS = np.add.reduceat(gated_NLS, starts, axis=1)
     by_lag_SC = np.zeros((write_gate_NCS.shape[2], num_chunks))
     kept_NCS = np.ones_like(
         write_gate_NCS

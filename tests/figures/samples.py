@@ -111,6 +111,22 @@ def contexts() -> metrics.TopContexts:
     )
 
 
+def losses() -> metrics.LossByDomain:
+    """Losses of eight domains that fall along the text."""
+    edges = np.linspace(0, 512, 33).astype(int)
+    level = np.linspace(0.8, 3, 8)
+    return metrics.LossByDomain(
+        domains=DOMAINS,
+        mean=level,
+        sample_mean=level,
+        error=np.full(8, 0.05),
+        edges=edges,
+        by_position=level[:, None] * (1 + 2 / np.sqrt(edges[1:])),
+        num_tokens=np.full(8, 12 * 511),
+        num_samples=np.full(8, 12),
+    )
+
+
 def lookups(num_keys: tuple[int, int] = (128, 128)) -> metrics.LookupRecord:
     """A memory whose rows are read unevenly, with a gate that opens for facts."""
     rng = np.random.default_rng(1)
@@ -174,7 +190,7 @@ def selections() -> metrics.SelectionRecord:
 
 
 def makers() -> dict[str, Callable[..., go.Figure]]:
-    """Every figure by name; each takes `theme` and, but for `path_use` itself, `path_use`."""
+    """Every figure by name; each takes `theme` and, where it shows decisions of a path, `path_use`."""
     record, lookup, space, state = routing(), lookups(), workspace(), states()
     classes = metrics.expert_by_token_class(record, np.arange(6))
     last = np.broadcast_to(np.arange(6) == 5, (30, 6))
@@ -183,6 +199,7 @@ def makers() -> dict[str, Callable[..., go.Figure]]:
     top = metrics.top_tokens(lookup, int(np.argmax(lookup.mass())), 8)
     return {
         "path_use": lambda theme, path_use=None: figures.path_use(globals()["path_use"](), theme=theme),
+        "loss_by_domain": lambda theme, path_use=None: figures.loss_by_domain(losses(), theme=theme),
         "expert_load": partial(figures.expert_load, metrics.expert_load(record)),
         "expert_by_domain": partial(figures.expert_by_domain, metrics.expert_by_domain(record)),
         "expert_by_chunk": partial(figures.expert_by_chunk, metrics.expert_by_chunk(record)),

@@ -169,6 +169,22 @@ def test_path_use(capture: DrawnCapture) -> None:
     assert_same(metrics.summarized_path_use(capture), metrics.captured_path_use(capture), rtol=1e-7)
 
 
+def test_loss(capture: DrawnCapture) -> None:
+    result = metrics.loss_by_domain(capture.summary, domains=NAMES, num_bins=19)
+    assert result.domains == metrics.summarized_routing(capture).domains
+    for z, domain in enumerate(result.domains):
+        loss = capture["tokens"]["loss"].to_numpy()[[label == domain for label in capture.domains]]
+        assert result.mean[z] == pytest.approx(np.nanmean(loss.astype(float)))
+        means = [np.nanmean(row.astype(float)) for row in loss if not np.isnan(row).all()]
+        assert result.sample_mean[z] == pytest.approx(np.mean(means))
+        assert result.error[z] == pytest.approx(np.std(means, ddof=1) / np.sqrt(len(means)))
+        assert result.num_samples[z] == len(means) and result.num_tokens[z] == (~np.isnan(loss)).sum()
+        assert result.by_position[z, 1] == pytest.approx(np.nanmean(loss[:, 1].astype(float)))
+    assert np.isnan(result.by_position[:, 0]).all()  # the first token of a sample has no loss
+    halved = metrics.loss_by_domain(capture.summary, domains=NAMES, num_bins=1)
+    np.testing.assert_allclose(halved.by_position[:, 0], result.mean)
+
+
 def test_contexts_point_into_the_capture(capture: DrawnCapture) -> None:
     top = metrics.top_contexts(capture.summary, "memory row", 3, 5, config=CONFIG)
     lookups = metrics.lookup_record(capture, 3)

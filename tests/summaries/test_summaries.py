@@ -26,7 +26,8 @@ ROUNDED = {
     ("tokens", "sample_loss_sum"), ("tokens", "sample_loss_square"),
     ("routing", "margin_square"),
     ("memory", "gate_sum"), ("memory", "gate_square"),
-    ("workspace", "gated_read_by_lag"), ("workspace", "read_entropy_by_position"),
+    ("workspace", "gated_read_by_lag"), ("workspace", "gated_read_by_chunk"),
+    ("workspace", "gated_read_entropy"), ("workspace", "read_entropy_by_position"),
     ("workspace", "write_gate_log_sum"), ("workspace", "write_entropy_sum"),
     ("ssm", "norm_sum"), ("ssm", "norm_square"), ("ssm", "norm_log_sum"), ("ssm", "last_norm_sum"),
     ("ssm", "last_norm_square"),
@@ -65,7 +66,7 @@ def assert_equal(have: Summary, want: Summary) -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 9), st.lists(st.integers(0, 9), max_size=3))
 def test_parts_merge_to_the_whole(seed: int, num_samples: int, ends: list[int]) -> None:
-    rows = made.draw_rows(np.random.default_rng(seed), num_samples)
+    rows = made.draw_rows(np.random.default_rng(seed), num_samples, shortest=0)
     assert_equal(summarize_in_parts(rows, [min(end, num_samples) for end in ends]), summarize(rows))
 
 
@@ -257,7 +258,7 @@ def test_workspace() -> None:
         share = weights.astype(float) / weights.astype(float).sum()
         return float(-(share[share > 0] * np.log(share[share > 0])).sum() / np.log(len(share)))
 
-    read_entropy = np.zeros((2, 19))
+    read_entropy, by_chunk, gated_entropy = np.zeros((2, 19)), np.zeros((2, 5)), np.zeros(2)
     for n, y in np.ndindex(12, 2):
         address, gate, write, write_gate = (
             ROWS["workspace", name][n, y].astype(float)
@@ -267,6 +268,8 @@ def test_workspace() -> None:
             read[y, t] += address[t]
             by_domain[y, DOMAIN[n]] += address[t]
             read_entropy[y, t] += relative_entropy(address[t])
+            gated_entropy[y] += gate[t] * relative_entropy(address[t])
+            by_chunk[y, t // 4] += gate[t] * address[t].sum()
             for s in range(3):
                 reads[y, s].append((float(np.float16(gate[t] * address[t, s])), 100 + n, t))
                 left = 1.0
@@ -285,6 +288,8 @@ def test_workspace() -> None:
     np.testing.assert_allclose(arrays["read_by_domain"], by_domain)
     np.testing.assert_allclose(arrays["gated_read_by_lag"], lag)
     np.testing.assert_allclose(arrays["read_entropy_by_position"], read_entropy)
+    np.testing.assert_allclose(arrays["gated_read_by_chunk"], by_chunk)
+    np.testing.assert_allclose(arrays["gated_read_entropy"], gated_entropy)
     assert arrays["read_entropy_histogram"].sum(axis=1).tolist() == [LENGTH.sum()] * 2
     for y, s in np.ndindex(2, 3):
         assert listed("workspace", "read", y, s) == best(reads, (y, s), summaries.NUM_CONTEXTS)
