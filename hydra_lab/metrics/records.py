@@ -1,6 +1,8 @@
 """The records that the metrics read, taken from a capture: on disk (`hydra_lab.open_capture`) or of one batch
 (`hydra_lab.capture.in_memory.capture_batch`).
 
+What a capture's running summary serves comes from the `summarized_...` functions, without any raw array.
+
 Only the arrays that a record needs are read, for one block where the record speaks of one, in the width in
 which they are stored.
 """

@@ -14,7 +14,9 @@ result is the same to the bit.
     length                   0 .. L tokens
     position_bin             bins between `position_edges(L)`
     chunk                    chunks of the group's chunk size
-    expert, other_expert, slot, head, query_head, path, kind (of attention: window, sink, selected)
+    expert, other_expert, slot, head, query_head
+    path                     as in `hydra_lab.taps.PATHS`
+    kind                     of attention: window, sink, selected
     row                      rows of the memory's value table
     token                    ids of the vocabulary
     window                   `WINDOWS`, lengths in tokens
