@@ -76,7 +76,7 @@ def selection_use(
 
 def hit_rate(result: HitRate, *, path_use: PathUse | None = None, theme: Theme = "light") -> go.Figure:
     """How often the block of a known target is selected, by distance and key-value head, against chance."""
-    used = np.flatnonzero(result.num_queries)
+    used = np.flatnonzero(result.num_eligible)
     low, high = result.edges[used], result.edges[used + 1] - 1
     labels = [
         f"{first:,} to {last:,}<br>n={count:,}"
@@ -107,9 +107,10 @@ def hit_rate(result: HitRate, *, path_use: PathUse | None = None, theme: Theme =
             marker={"symbol": SYMBOLS[2], "size": 9, "color": text_colour(theme)},
         )
     )
-    figure.update_xaxes(title_text="distance from the query back to the target (tokens)", type="category")
+    figure.update_xaxes(title_text="distance back to the target (tokens)", type="category")
     figure.update_yaxes(title_text="eligible queries (%)", range=[0, 102])
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.3, "yanchor": "top"})
+    reached = int(result.num_eligible.sum())
     visible = 100 * result.visible
     view = (
         f"{visible.min():.0f}%"
@@ -119,8 +120,8 @@ def hit_rate(result: HitRate, *, path_use: PathUse | None = None, theme: Theme =
     return finish(
         figure,
         title=f"Does selection find the target? Block {result.layer}",
-        subtitle=f"over the n queries whose target only selection can reach; of all "
-        f"{int(result.num_queries.sum()):,} queries, {view} have it in view<br>&plusmn; 95% over "
+        subtitle=f"over the {reached:,} of {int(result.num_queries.sum()):,} queries whose target only "
+        f"selection can reach<br>{view} of all queries have theirs in view; &plusmn; 95% over "
         f"{counted(result.num_samples, 'sample')}",
         theme=theme,
         path="attention",

@@ -144,7 +144,8 @@ def half_life_by_domain(
         hover="%{y}: head %{x}, %{customdata:,.1f} tokens",
     )
     if num_heads <= _MOST_CELL_LABELS:
-        heat_map.update(text=np.char.mod("%.3g", result.half_life), texttemplate="%{text}")
+        text = [[_tokens(value) for value in row] for row in result.half_life]
+        heat_map.update(text=text, texttemplate="%{text}")
     figure = go.Figure(heat_map.update(xgap=1, ygap=1))
     figure.update_xaxes(title_text="head", type="category", showgrid=False)
     figure.update_yaxes(title_text="domain", type="category", autorange="reversed", showgrid=False)
@@ -188,6 +189,13 @@ def _half_life_map(half_life: FloatArray, *, x: object, y: list[str], hover: str
     )
 
 
+def _tokens(value: float) -> str:
+    """A number of tokens in few characters."""
+    if np.isinf(value):
+        return "∞"
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
 def _never(half_life: FloatArray) -> str:
     """Remark on cells whose state never decays."""
     count = int(np.isinf(half_life).sum())
@@ -200,22 +208,18 @@ def norm_growth(result: NormGrowth, *, path_use: PathUse | None = None, theme: T
     colour = colours(num_heads, theme)
     symbols = [SYMBOLS[head // 8 % len(SYMBOLS)] for head in range(num_heads)]
     figure = make_subplots(rows=2, cols=1, vertical_spacing=0.2)
-    for value, meaning in ((0.0, "settled"), (0.5, "adds up unrelated writes"), (1.0, "adds up one write")):
-        figure.add_hline(
-            y=value,
-            line={"color": muted_colour(theme), "dash": "dash", "width": 1},
-            annotation={"text": meaning, "font": {"size": 11, "color": muted_colour(theme)}},
-            annotation_position="top right",
-            row=1,  # pyright: ignore[reportArgumentType]
-            col=1,  # pyright: ignore[reportArgumentType]
-        )
     figure.add_trace(
         go.Scatter(
             x=np.arange(num_heads),
             y=result.slope,
             mode="markers",
             marker={"size": 10, "color": colour, "symbol": symbols},
-            error_y={"type": "data", "array": np.nan_to_num(1.96 * result.slope_error), "thickness": 1.5},
+            error_y={
+                "type": "data",
+                "array": np.nan_to_num(1.96 * result.slope_error),
+                "thickness": 1.5,
+                "color": text_colour(theme),
+            },
             hovertemplate="head %{x}: %{y:.3f} doublings of the norm per doubling of the context<extra></extra>",
             showlegend=False,
         ),
@@ -236,6 +240,15 @@ def norm_growth(result: NormGrowth, *, path_use: PathUse | None = None, theme: T
             row=2,
             col=1,
         )
+    for value, meaning in ((0.0, "settled"), (0.5, "adds up unrelated writes"), (1.0, "adds up one write")):
+        figure.add_hline(
+            y=value,
+            line={"color": muted_colour(theme), "dash": "dash", "width": 1},
+            annotation={"text": meaning, "font": {"size": 11, "color": muted_colour(theme)}},
+            annotation_position="top right",
+            row=1,  # pyright: ignore[reportArgumentType]
+            col=1,  # pyright: ignore[reportArgumentType]
+        )
     highest = float(np.nanmax(np.append(result.slope, 1.0)))
     lowest = float(np.nanmin(np.append(result.slope, 0.0)))
     figure.update_xaxes(title_text="head", row=1, col=1)
@@ -243,7 +256,7 @@ def norm_growth(result: NormGrowth, *, path_use: PathUse | None = None, theme: T
     figure.update_xaxes(
         title_text="tokens read (log scale)", type="log", tickvals=result.position, row=2, col=1
     )
-    figure.update_yaxes(title_text="norm (log scale)", type="log", row=2, col=1)
+    figure.update_yaxes(title_text="norm (log scale)", type="log", dtick="D2", row=2, col=1)
     return finish(
         figure,
         title=f"Growth of the state with the context, block {result.layer}",
@@ -333,7 +346,7 @@ def receptive_field(
     figure = go.Figure()
     for chosen, name, symbol in (
         (~cut, "reach, median over tokens (bars 5 to 95%)", "circle"),
-        (cut, "the same, cut off by the start for most tokens", "circle-open"),
+        (cut, "cut off by the start for most tokens", "circle-open"),
     ):
         if not chosen.any():
             continue
@@ -343,7 +356,7 @@ def receptive_field(
                 y=result.reach[chosen],
                 mode="markers",
                 name=name,
-                marker={"size": 10, "color": main, "symbol": symbol, "line": {"width": 2}},
+                marker={"size": 12, "color": main, "symbol": symbol, "line": {"width": 2}},
                 error_y={
                     "type": "data",
                     "array": (high - result.reach)[chosen],
@@ -372,7 +385,7 @@ def receptive_field(
                 y=y,
                 mode="markers",
                 name=name,
-                marker={"size": 9, "color": colour, "symbol": symbol},
+                marker={"size": 8, "color": colour, "symbol": symbol},
                 hovertemplate="head %{x}: %{y:,.1f} tokens<extra></extra>",
             )
         )

@@ -229,7 +229,7 @@ def read_lag(result: ReadLag, *, path_use: PathUse | None = None, theme: Theme =
         )
     )
     figure.update_xaxes(
-        title_text=f"written so many chunks ago ({result.chunk_size} tokens each)",
+        title_text=f"age (chunks of {result.chunk_size} tokens)",
         type="category",
         showgrid=False,
     )

@@ -53,7 +53,8 @@ class MassRecord:
 def mass_record(capture: CaptureLike, *, samples: Rows = ALL) -> MassRecord:
     """Attention mass of all blocks that have attention, from a capture that was asked for the signal "mass"."""
     config = capture.attributes["config"]
-    mass = capture["mass"]["mass"].isel(sample=samples).sel(kind=list(KINDS))
+    mass = capture["mass"]["mass"].isel(sample=samples)
+    assert tuple(mass["kind"].to_numpy()) == KINDS
     length = capture["tokens"]["length"].isel(sample=samples)
     return MassRecord(
         layers=layers_of(capture, "mass"),
@@ -115,7 +116,7 @@ def mass_by_kind(record: MassRecord, num_bins: int = 64) -> MassByKind:
         by_position_YV3[y] = ratio(sum_V3, tokens_V[:, None])
 
     keys_L3 = keys_in_view(
-        np.arange(num_positions),
+        np.arange(num_positions, dtype=np.int64),
         window=record.window,
         block_size=record.block_size,
         num_selected=record.num_selected,
@@ -143,10 +144,11 @@ def keys_in_view(
     sink = np.clip(first_in_window, 0, block_size)
     candidates = num_candidates(position, window=window, block_size=block_size, tiled=tiled)
     # Of the candidates only the last two can reach into the window; a query of a tile may have two that do.
-    outside = candidates * float(block_size)
+    outside = (candidates * block_size).astype(np.float64)
     for block in (candidates, candidates - 1):
         inside = np.clip((block + 1) * block_size - first_in_window, 0, block_size)
         outside -= np.where(block >= 1, inside, 0)
     drawn = np.minimum(num_selected, candidates)
     selected = drawn * ratio(outside, candidates.astype(np.float64))
-    return np.stack([np.minimum(position + 1, window), sink, np.where(candidates > 0, selected, 0.0)], axis=1)
+    selected = np.where(candidates > 0, selected, 0.0)
+    return np.stack([np.minimum(position + 1, window), sink, selected], axis=1).astype(np.float64)

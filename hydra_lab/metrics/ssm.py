@@ -217,7 +217,7 @@ def half_life_by_domain(record: StateRecord) -> HalfLifeByDomain:
     )
 
 
-def _half_life_at(rate: FloatArray) -> FloatArray:
+def _half_life_at(rate: AnyFloatArray) -> FloatArray:
     """Tokens until half is gone where the log of the state changes by `rate` per token, of either sign."""
     with np.errstate(divide="ignore"):
-        return np.log(2) / np.abs(rate)
+        return np.log(2) / np.abs(rate.astype(np.float64))

@@ -126,7 +126,7 @@ def state_saturation(record: StateRecord, *, tolerance: float = TOLERANCE) -> St
     valid_NL = valid_mask(record.length, record.decay.shape[1])
     growth_NH, random_NH = np.zeros((2, len(long_enough), record.norms.shape[2]))
     for row, n in enumerate(long_enough):
-        middle_P = np.arange(3 * chunks_N[n] // 8 + 1, chunks_N[n] // 2 + 1)
+        middle_P = np.arange(3 * chunks_N[n] // 8 + 1, chunks_N[n] // 2 + 1, dtype=np.int64)
         log_CH = _log2(record.norms[n])
         growth_NH[row] = (log_CH[2 * middle_P - 1] - log_CH[middle_P - 1]).mean(axis=0)
         log_decay_H = record.decay[n][valid_NL[n]].mean(axis=0, dtype=np.float64)

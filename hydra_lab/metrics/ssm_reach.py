@@ -65,11 +65,11 @@ def receptive_field(record: StateRecord, *, threshold: float = 0.01) -> Receptiv
         # Token j is remembered at t while forgotten_j >= forgotten_t + ln(threshold).
         forgotten_LH = -np.cumsum(decay_LH, axis=0)
         limit_LH = forgotten_LH + np.log(threshold)
-        oldest_LH = np.stack(
-            [np.searchsorted(forgotten_LH[:, h], limit_LH[:, h]) for h in range(num_heads)], axis=1
-        )
+        oldest_LH = np.zeros(decay_LH.shape, dtype=np.int64)
+        for h in range(num_heads):
+            oldest_LH[:, h] = np.searchsorted(forgotten_LH[:, h], limit_LH[:, h])
         half = size // 2
-        reach_NMH.append((np.arange(size)[:, None] - oldest_LH + 1)[half:].astype(np.float64))
+        reach_NMH.append((np.arange(1.0, size + 1)[:, None] - oldest_LH)[half:])
         cut_off_NMH.append((oldest_LH == 0)[half:].astype(np.float64))
         distance_NMH.append(_mean_distance_of_decays(np.exp(decay_LH))[half:])
     reach_MH = np.concatenate(reach_NMH)
@@ -143,7 +143,8 @@ def mixing_distance(matrix: AnyFloatArray, *, layer: int, num_bins: int = 32) ->
     num_heads, num_tokens, _ = matrix.shape
     if np.triu(matrix, 1).any():
         raise ValueError("matrix has entries above its diagonal: a token would mix in a later one")
-    distance_LL = np.abs(np.subtract.outer(np.arange(num_tokens), np.arange(num_tokens)))
+    position_L = np.arange(num_tokens, dtype=np.int64)
+    distance_LL = np.abs(position_L[:, None] - position_L)
     distance_LH = np.zeros((num_tokens, num_heads))
     for h in range(num_heads):
         weight_LL = np.abs(matrix[h].astype(np.float64))

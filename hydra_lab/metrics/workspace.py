@@ -320,7 +320,9 @@ def read_lag(record: WorkspaceRecord) -> ReadLag:
     valid_NL = valid_mask(record.length, num_positions)[..., None]
     gated_NLS = record.read_address.astype(np.float32) * record.read_gate[..., None].astype(np.float32)
     read_NLS = np.where(valid_NL, gated_NLS, 0.0)
-    read_NCS = np.add.reduceat(read_NLS, np.arange(0, num_positions, size), axis=1, dtype=np.float64)
+    read_NCS = np.add.reduceat(
+        read_NLS, np.arange(0, num_positions, size, dtype=np.int64), axis=1, dtype=np.float64
+    )
     whole_NC = valid_mask(record.length // size, num_chunks)
     gate_NCS = np.where(whole_NC[..., None], record.write_gate[:, :num_chunks], 0.0).astype(np.float64)
 
@@ -334,7 +336,7 @@ def read_lag(record: WorkspaceRecord) -> ReadLag:
     for lag in range(1, num_chunks):
         wrote_NCS = gate_NCS[:, : num_chunks - lag]
         by_lag_CS[lag] = (wrote_NCS * kept_NCS[:, lag:] * read_NCS[:, lag:]).sum(axis=(0, 1))
-        even_C[lag] = (read_C[lag:] / np.arange(lag + 1, num_chunks + 1)).sum()
+        even_C[lag] = (read_C[lag:] / np.arange(lag + 1, num_chunks + 1, dtype=np.int64)).sum()
         kept_NCS[:, lag:] *= 1 - wrote_NCS
 
     edges = 2 ** np.arange(int(np.ceil(np.log2(num_chunks))) + 1)
@@ -342,7 +344,7 @@ def read_lag(record: WorkspaceRecord) -> ReadLag:
     binned_VS = np.concatenate([binned_VS, (read_S - by_lag_CS.sum(axis=0))[None]])
     even_V = np.add.reduceat(even_C, edges[:-1])
     even_V = np.append(even_V, read_C.sum() - even_C.sum())
-    lag_S = np.arange(num_chunks) @ by_lag_CS
+    lag_S = np.arange(num_chunks, dtype=np.float64) @ by_lag_CS
     return ReadLag(
         layer=record.layer,
         edges=edges.astype(np.int64),

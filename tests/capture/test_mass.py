@@ -48,7 +48,7 @@ def test_signals_that_are_captured_only_by_name() -> None:
     config = HydraConfig.from_preset("nano")
     assert signals_of(config, None) == SIGNALS
     assert signals_of(config, ["mass", "memory"]) == ("memory", "mass")
-    with pytest.raises(ValueError, match="'masses' is not one of routing, attention, .*, mass"):
+    with pytest.raises(ValueError, match=r"'masses' is not one of routing, attention, .*, mass"):
         signals_of(config, ["masses"])
     without = HydraConfig.from_preset("nano", attention_every=0)
     with pytest.raises(ValueError, match="no attention path, so there is no signal 'mass'"):

@@ -63,7 +63,7 @@ def test_a_model_that_attends_to_all_keys_alike_meets_the_baseline() -> None:
     )  # more places than there are candidates: the keys are known
     with torch.no_grad():
         for layer in model.config.layers_with("attention"):
-            model.get_submodule(f"model.layers.{layer}.attention.q_proj").weight.zero_()
+            model.get_parameter(f"model.layers.{layer}.attention.q_proj.weight").zero_()
     capture = capture_batch(model, random_ids(model.config, 2, 37), signals=["mass"])
     captured = metrics.mass_record(capture)
     assert captured.layers == tuple(model.config.layers_with("attention"))
