@@ -12,6 +12,8 @@ from hydra_lab.figures.theme import (
     colours,
     counted,
     finish,
+    index_axis,
+    log_ticks,
     muted_colour,
     text_colour,
 )
@@ -86,7 +88,7 @@ def half_life(result: HalfLife, *, path_use: PathUse | None = None, theme: Theme
             hovertemplate="head %{x}: %{y:.1f} tokens<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="head")
+    figure.update_xaxes(title_text="head", **index_axis(len(result.half_life)))
     figure.update_yaxes(title_text="half-life (tokens, log scale)", type="log")
     hidden = len(result.half_life) - len(heads)
     remark = f"; {counted(hidden, 'head')} that never decays not drawn" if hidden else ""
@@ -167,17 +169,14 @@ def half_life_by_domain(
 def _half_life_map(half_life: FloatArray, *, x: object, y: list[str], hover: str) -> go.Heatmap:
     """Heat map of log half-lives with ticks in tokens; infinite ones have the colour of the longest."""
     finite = half_life[np.isfinite(half_life)]
-    low, high = (np.log10([finite.min(), finite.max()]) if len(finite) else np.array([0.0, 1.0])).tolist()
-    shown = np.clip(np.log10(half_life), low, high)
-    powers = np.arange(np.floor(low), np.ceil(high) + 1)
-    ticks = np.sort(np.concatenate([10**powers, 3 * 10**powers]))
-    ticks = ticks[(np.log10(ticks) >= low) & (np.log10(ticks) <= high)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (1.0, 10.0)
+    ticks = log_ticks(low, high)
     return go.Heatmap(
-        z=shown,
+        z=np.log10(np.clip(half_life, low, high)),
         x=x,
         y=y,
-        zmin=low,
-        zmax=max(high, low + 0.1),
+        zmin=np.log10(low),
+        zmax=max(np.log10(high), np.log10(low) + 0.01),
         colorscale=MAGNITUDE,
         colorbar={
             "title": {"text": "half-life<br>(tokens)", "side": "top"},
@@ -249,14 +248,16 @@ def norm_growth(result: NormGrowth, *, path_use: PathUse | None = None, theme: T
             row=1,  # pyright: ignore[reportArgumentType]
             col=1,  # pyright: ignore[reportArgumentType]
         )
+    positive = result.mean[result.mean > 0]
+    norms = log_ticks(float(positive.min()), float(positive.max())) if len(positive) else []
     highest = float(np.nanmax(np.append(result.slope, 1.0)))
     lowest = float(np.nanmin(np.append(result.slope, 0.0)))
-    figure.update_xaxes(title_text="head", row=1, col=1)
+    figure.update_xaxes(title_text="head", **index_axis(num_heads), row=1, col=1)
     figure.update_yaxes(title_text="growth exponent", range=[lowest - 0.15, highest + 0.2], row=1, col=1)
     figure.update_xaxes(
         title_text="tokens read (log scale)", type="log", tickvals=result.position, row=2, col=1
     )
-    figure.update_yaxes(title_text="norm (log scale)", type="log", dtick="D2", row=2, col=1)
+    figure.update_yaxes(title_text="norm (log scale)", type="log", tickvals=norms, row=2, col=1)
     return finish(
         figure,
         title=f"Growth of the state with the context, block {result.layer}",
@@ -316,7 +317,7 @@ def state_saturation(
         )
     )
     figure.add_hline(y=result.tolerance, line={"color": muted_colour(theme), "dash": "dash", "width": 1})
-    figure.update_xaxes(title_text="head")
+    figure.update_xaxes(title_text="head", **index_axis(len(heads)))
     figure.update_yaxes(title_text="log2(late norm / middle norm)")
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"})
     shortest, longest = result.contexts
@@ -389,8 +390,11 @@ def receptive_field(
                 hovertemplate="head %{x}: %{y:,.1f} tokens<extra></extra>",
             )
         )
-    figure.update_xaxes(title_text="head")
-    figure.update_yaxes(title_text="tokens back (log scale)", type="log")
+    figure.update_xaxes(title_text="head", **index_axis(len(heads)))
+    drawn = np.concatenate([low, high, result.mean_distance, result.reach_at_mean_rate[finite]])
+    drawn = drawn[drawn > 0]
+    ticks = log_ticks(float(drawn.min()), float(drawn.max()))
+    figure.update_yaxes(title_text="tokens back (log scale)", type="log", tickvals=ticks)
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"})
     return finish(
         figure,

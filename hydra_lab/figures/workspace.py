@@ -4,7 +4,16 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from hydra_lab.figures.theme import MAGNITUDE, Theme, colours, counted, finish, muted_colour, text_colour
+from hydra_lab.figures.theme import (
+    MAGNITUDE,
+    Theme,
+    colours,
+    counted,
+    finish,
+    index_axis,
+    muted_colour,
+    text_colour,
+)
 from hydra_lab.metrics import PathUse, ReadEntropy, ReadLag, SlotReads, SlotWrites, WriteEntropy
 
 
@@ -149,7 +158,7 @@ def slot_writes(result: SlotWrites, *, path_use: PathUse | None = None, theme: T
         row=1,
         col=2,
     )
-    figure.update_xaxes(title_text="slot")
+    figure.update_xaxes(title_text="slot", **index_axis(len(slots)))
     figure.update_yaxes(title_text="write gate (share replaced per chunk)", range=[-0.02, 1.02], row=1, col=1)
     figure.update_yaxes(title_text="half-life (tokens, log scale)", type="log", row=1, col=2)
     hidden = int((~finite).sum())
@@ -188,7 +197,7 @@ def write_entropy(
             hovertemplate="slot %{x}: %{y:.3f}, as many as %{customdata:.1f} tokens taken evenly<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="slot")
+    figure.update_xaxes(title_text="slot", **index_axis(len(result.entropy)))
     figure.update_yaxes(title_text="entropy / ln(tokens of a chunk)", range=[-0.02, 1.02])
     return finish(
         figure,
