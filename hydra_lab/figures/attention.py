@@ -90,7 +90,7 @@ def hit_rate(result: HitRate, *, path_use: PathUse | None = None, theme: Theme =
             go.Bar(
                 x=labels,
                 y=100 * result.hit_by_distance[head, used],
-                name=f"head {head} selects it: {100 * result.hit[head]:.0f}{interval}%",
+                name=f"head {head} selects it: {_percent(result.hit[head], interval)}",
                 marker={"color": colour, "pattern": hatching(head, theme)},
                 customdata=100 * result.visible_by_distance[head, used],
                 hovertemplate=f"head {head}, %{{x}}: selected for %{{y:.1f}}%; in view for %{{customdata:.1f}}%"
@@ -102,7 +102,7 @@ def hit_rate(result: HitRate, *, path_use: PathUse | None = None, theme: Theme =
             x=labels,
             y=100 * result.chance_by_distance[used],
             mode="markers+lines",
-            name=f"drawn evenly from the candidates: {100 * result.chance:.0f}%",
+            name=f"drawn evenly from the candidates: {_percent(result.chance)}",
             line={"color": muted_colour(theme), "dash": "dash"},
             marker={"symbol": SYMBOLS[2], "size": 9, "color": text_colour(theme)},
         )
@@ -129,6 +129,11 @@ def hit_rate(result: HitRate, *, path_use: PathUse | None = None, theme: Theme =
         path_use=path_use,
         height=430,
     )
+
+
+def _percent(share: float, interval: str = "") -> str:
+    """A share as text; there may be no query that it is a share of."""
+    return "no such query" if np.isnan(share) else f"{100 * share:.0f}{interval}%"
 
 
 def mass_by_kind(result: MassByKind, *, path_use: PathUse | None = None, theme: Theme = "light") -> go.Figure:

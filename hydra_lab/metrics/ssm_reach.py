@@ -56,7 +56,6 @@ def receptive_field(record: StateRecord, *, threshold: float = 0.01) -> Receptiv
         raise ValueError("the record holds no token")
     num_heads = record.decay.shape[2]
     reach_NMH: list[FloatArray] = []
-    distance_NMH: list[FloatArray] = []
     cut_off_NMH: list[FloatArray] = []
     log_decay_H = np.zeros(num_heads)
     for decay_LH, size in zip(record.decay, record.length.tolist(), strict=True):
@@ -71,7 +70,6 @@ def receptive_field(record: StateRecord, *, threshold: float = 0.01) -> Receptiv
         half = size // 2
         reach_NMH.append((np.arange(1.0, size + 1)[:, None] - oldest_LH)[half:])
         cut_off_NMH.append((oldest_LH == 0)[half:].astype(np.float64))
-        distance_NMH.append(_mean_distance_of_decays(np.exp(decay_LH))[half:])
     reach_MH = np.concatenate(reach_NMH)
     rate_H = -log_decay_H / float(record.length.sum())
     with np.errstate(divide="ignore"):
@@ -83,22 +81,26 @@ def receptive_field(record: StateRecord, *, threshold: float = 0.01) -> Receptiv
         quantiles=np.quantile(reach_MH, [0.05, 0.95], axis=0).T,
         cut_off=np.concatenate(cut_off_NMH).mean(axis=0),
         reach_at_mean_rate=at_mean_rate_H,
-        mean_distance=np.concatenate(distance_NMH).mean(axis=0),
+        mean_distance=_mean_distance_of_decays(record),
         num_tokens=len(reach_MH),
         num_samples=len(record.length),
     )
 
 
-def _mean_distance_of_decays(decay_LH: FloatArray) -> FloatArray:
-    """[L, H] mean over tokens j <= t of t - j, weighted by the product of the decays after j up to t."""
-    mean_LH = np.zeros(decay_LH.shape)
-    weight_H, moment_H = np.zeros((2, decay_LH.shape[1]))
-    for t, decay_H in enumerate(decay_LH):
+def _mean_distance_of_decays(record: StateRecord) -> FloatArray:
+    """[H] mean over tokens j <= t of t - j, weighted by the product of the decays after j up to t; mean over the
+    tokens t in the second half of each sample."""
+    num_samples, num_positions, num_heads = record.decay.shape
+    weight_NH, moment_NH = np.zeros((2, num_samples, num_heads))
+    total_H = np.zeros(num_heads)
+    for t in range(num_positions):
         # Everything moves one token away, fades, and the token itself comes in at distance 0 with weight 1.
-        moment_H = decay_H * (moment_H + weight_H)
-        weight_H = decay_H * weight_H + 1
-        mean_LH[t] = moment_H / weight_H
-    return mean_LH
+        decay_NH = np.exp(record.decay[:, t].astype(np.float64))
+        moment_NH = decay_NH * (moment_NH + weight_NH)
+        weight_NH = decay_NH * weight_NH + 1
+        counts_N = (record.length // 2 <= t) & (t < record.length)
+        total_H += (moment_NH[counts_N] / weight_NH[counts_N]).sum(axis=0)
+    return total_H / float((record.length - record.length // 2).sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -138,12 +138,12 @@ def read_entropy(record: WorkspaceRecord, num_bins: int = 128) -> ReadEntropy:
     sum_L, sum_gated, gate = np.zeros(num_positions), 0.0, 0.0
     read_S = np.zeros(num_slots)
     for address_LS, gate_L, valid_L in zip(record.read_address, record.read_gate, valid_NL, strict=True):
-        address_MS = address_LS[valid_L].astype(np.float64)
+        address_MS = address_LS[valid_L]
         entropy_M = _relative_entropy(address_MS)
         sum_L[valid_L] += entropy_M
         sum_gated += float(gate_L[valid_L].astype(np.float64) @ entropy_M)
         gate += float(gate_L[valid_L].sum(dtype=np.float64))
-        read_S += address_MS.sum(axis=0)
+        read_S += address_MS.sum(axis=0, dtype=np.float64)
     count_V = np.add.reduceat(valid_NL.sum(axis=0), edges[:-1])
     return ReadEntropy(
         layer=record.layer,
@@ -200,7 +200,7 @@ def write_entropy(record: WorkspaceRecord) -> WriteEntropy:
     address_MTS = cells_NCTS[valid_mask(record.length // record.chunk_size, num_chunks)]
     if len(address_MTS) == 0:
         raise ValueError(f"no sample has a whole chunk of {record.chunk_size} tokens, so no slot is written")
-    entropy_MS = _relative_entropy(np.moveaxis(address_MTS, 1, 2).astype(np.float64))
+    entropy_MS = _relative_entropy(address_MTS, axis=1)
     return WriteEntropy(
         layer=record.layer,
         entropy=entropy_MS.mean(axis=0),
@@ -211,14 +211,16 @@ def write_entropy(record: WorkspaceRecord) -> WriteEntropy:
     )
 
 
-def _relative_entropy(weight: FloatArray) -> FloatArray:
-    """Shannon entropy over the last axis of weights, which need not sum to 1 exactly (they are stored in 16 bits),
-    relative to its maximum."""
-    if weight.shape[-1] < 2:
+def _relative_entropy(weight: AnyFloatArray, axis: int = -1) -> FloatArray:
+    """Shannon entropy along an axis, relative to its maximum, of weights that need not sum to 1 exactly (they are
+    stored in 16 bits)."""
+    if weight.shape[axis] < 2:
         raise ValueError("the entropy of a choice of one is always 0 and has no relative size")
-    share = weight / weight.sum(axis=-1, keepdims=True)
-    log_share = np.log(share, out=np.zeros_like(share), where=share > 0)
-    return -(share * log_share).sum(axis=-1) / np.log(weight.shape[-1])
+    weight = weight.astype(np.float64)
+    total = weight.sum(axis=axis)
+    weight_log_weight = weight * np.log(np.where(weight > 0, weight, 1.0))
+    entropy = np.log(total) - weight_log_weight.sum(axis=axis) / total
+    return entropy / np.log(weight.shape[axis])
 
 
 @dataclass(frozen=True, eq=False)

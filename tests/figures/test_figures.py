@@ -129,6 +129,14 @@ def test_figures_of_attention_show_the_numbers_of_their_results() -> None:
     assert all(f"n={n}" in label for n, label in zip(hits.num_eligible[eligible], first["x"], strict=True))
 
 
+def test_a_hit_rate_without_queries_that_need_selection_says_so() -> None:
+    selection = samples.selections()
+    near = metrics.TargetRecord(selection, np.array([0, 1]), np.array([40, 700]), np.array([30, 690]))
+    figure = figures.hit_rate(metrics.hit_rate(near))
+    assert "over the 0 of 2 queries" in title_of(figure)
+    assert traces(figure)[0]["name"] == "head 0 selects it: no such query"
+
+
 def test_tokens_are_shown_as_text_not_as_markup() -> None:
     record = samples.lookups((4, 4))
     top = metrics.top_tokens(record, int(np.argmax(record.mass())), 2)
