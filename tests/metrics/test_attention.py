@@ -37,7 +37,9 @@ def test_mass_by_head_and_position() -> None:
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize(("window", "size", "places"), [(4, 2, 1), (7, 3, 2), (5, 4, 2), (2, 5, 3)])
+@pytest.mark.parametrize(
+    ("window", "size", "places"), [(4, 2, 1), (7, 3, 2), (7, 4, 2), (5, 4, 2), (2, 5, 3)]
+)
 def test_keys_in_view_are_the_mean_over_all_selections(
     window: int, size: int, places: int, tiled: bool
 ) -> None:
@@ -111,15 +113,16 @@ def test_hits_count_where_selection_decides() -> None:
         (0, 11, 7),  # block 3: head 1 does
         (0, 8, 3),  # block 1, of two candidates: head 0
         (0, 11, 9),  # in the window
+        (0, 8, 5),  # in the window too, although its block 2 is a candidate, and head 1 selects it
         (0, 11, 1),  # in the sink
     )
     result = metrics.hit_rate(record)
     np.testing.assert_allclose(result.hit, [2 / 3, 1 / 3])
     np.testing.assert_allclose(result.chance, (1 / 3 + 1 / 3 + 1 / 2) / 3)
-    np.testing.assert_allclose(result.visible, [4 / 5, 3 / 5])
+    np.testing.assert_allclose(result.visible, [5 / 6, 4 / 6])
     assert np.isnan(result.error).all()  # one sample
     assert result.edges.tolist()[:5] == [0, 2, 4, 8, 16]
-    np.testing.assert_array_equal(result.num_queries[:4], [0, 1, 3, 1])
+    np.testing.assert_array_equal(result.num_queries[:4], [0, 2, 3, 1])
     np.testing.assert_array_equal(result.num_eligible[:4], [0, 0, 3, 0])
     np.testing.assert_allclose(result.hit_by_distance[:, 2], [2 / 3, 1 / 3])
     np.testing.assert_allclose(result.visible_by_distance[:, 3], [1, 1])
