@@ -8,10 +8,9 @@ from dashboards.shared.charts import chart, theme
 from dashboards.shared.prompt import Change, Trace, decode_file, encode, trace
 from dashboards.shared.sources import LoadedModel
 from dashboards.shared.view import choose_block, current_job, current_model, fragment
-from hydra_lab import metrics
+from hydra_lab import figures, metrics
 from hydra_lab.data.sample_texts import read_sample_texts
 from hydra_lab.figures import routing as routing_figures
-from hydra_lab.figures import state as state_figures
 from hydra_lab.figures import text as text_figures
 from hydra_lab.metrics.text import beta_by_token
 from hydra_lab.path_use import PathUse
@@ -242,14 +241,12 @@ def show_details(
                 show_memory(run, layer, texts, position, path_use, key)
             elif kind == "Workspace":
                 reads = metrics.slot_reads(metrics.workspace_record(run.capture, layer), num_bins=256)
-                chart(state_figures.slot_reads(reads, path_use=path_use, theme=theme()), key)
+                chart(figures.slot_reads(reads, path_use=path_use, theme=theme()), key)
             else:
                 record = metrics.state_record(run.capture, layer)
                 norms, half_life = metrics.state_norms(record), metrics.half_life(record)
-                chart(state_figures.state_norms(norms, path_use=path_use, theme=theme()), key)
-                chart(
-                    state_figures.half_life(half_life, path_use=path_use, theme=theme()), f"{key}-half-life"
-                )
+                chart(figures.state_norms(norms, path_use=path_use, theme=theme()), key)
+                chart(figures.half_life(half_life, path_use=path_use, theme=theme()), f"{key}-half-life")
 
 
 def show_memory(

@@ -13,9 +13,8 @@ from dashboards.shared.view import (
     fragment,
     has_group,
 )
-from hydra_lab import metrics
+from hydra_lab import figures, metrics
 from hydra_lab.capture import open_capture
-from hydra_lab.figures import state as figures
 
 # Group of the capture, path, reader of the record, and the metrics (whose figures have the same names).
 VIEWS = {

@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from hydra_lab.capture.layout import chunk_size_of, layers_of, rows_of, signals_of, specs_of, taps_of
+from hydra_lab.capture.layout import KINDS, chunk_size_of, layers_of, rows_of, signals_of, specs_of, taps_of
 from hydra_lab.capture.record import record
 from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.taps import PATHS
@@ -43,7 +43,8 @@ def capture_batch(
         input_ids: [B, L] token ids, padded on the right.
         attention_mask: [B, L] nonzero where a token is present; None: all.
         domains: [B] labels; "text" unless given.
-        signals: groups to capture besides `tokens`; None for all that the model has.
+        signals: groups to capture besides `tokens`; None for those of `hydra_lab.capture.layout.SIGNALS` that the model
+            has.
 
     Raises:
         ValueError: the batch is padded on the left, or an argument is wrong (see `record`).
@@ -73,5 +74,7 @@ def capture_batch(
             dataset = dataset.assign_coords(layer=np.array(layers_of(config, group), dtype=np.int64))
         if "path" in dataset.dims:
             dataset = dataset.assign_coords(path=list(PATHS))
+        if "kind" in dataset.dims:
+            dataset = dataset.assign_coords(kind=list(KINDS))
         datasets[group] = dataset
     return InMemoryCapture(datasets, {"config": config.to_dict(), "signals": list(groups)}, labels)

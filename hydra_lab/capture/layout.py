@@ -6,6 +6,8 @@ Every array has `sample` as its first axis. The dims of the groups (sizes for wi
     routing    experts [sample, layer, chunk, rank]; weights [sample, layer, position, rank];
                logits [sample, layer, chunk, expert]
     attention  blocks, scores [sample, layer, position, head, k]
+    mass       mass [sample, layer, position, query_head, kind]: share of the attention that each of `KINDS` received;
+               large, and so captured only where it is asked for by name
     workspace  write_address, read_address [sample, layer, position, slot]; write_gate [sample, layer, chunk, slot];
                read_gate [sample, layer, position]
     memory     addresses, weights [sample, layer, position, head, k]; gate [sample, layer, position]
@@ -33,17 +35,24 @@ from hydra_lab.config import HydraConfig
 from hydra_lab.taps import PATHS
 
 SIGNALS = ("routing", "attention", "workspace", "memory", "ssm", "paths")
-"""Groups that a capture may hold besides `tokens`."""
+"""Groups that a capture holds besides `tokens` unless told otherwise."""
+
+REQUESTED_SIGNALS = ("mass",)
+"""Groups that a capture holds only where they are asked for by name."""
+
+KINDS = ("window", "sink", "selected")
+"""The places that attention goes to, in the order of the axis `kind`."""
 
 _TAPS = {
     "routing": ("moe.routing",),
     "attention": ("attention.selection",),
+    "mass": ("attention.mass",),
     "workspace": ("workspace.write", "workspace.read"),
     "memory": ("memory.lookup",),
     "ssm": ("ssm.state",),
     "paths": (),
 }
-_PATH = {"routing": "moe"}
+_PATH = {"routing": "moe", "mass": "attention"}
 
 
 @dataclass(frozen=True)
@@ -84,22 +93,23 @@ def unsigned(num_values: int) -> str:
 
 
 def signals_of(config: HydraConfig, signals: Sequence[str] | None) -> tuple[str, ...]:
-    """The groups to capture, in order: all that the model has, or those asked for.
+    """The groups to capture, in order: those of `SIGNALS` that the model has, or those asked for.
 
     Raises:
         ValueError: a signal is unknown, or the model has no such path.
     """
-    present = [name for name in SIGNALS if name == "paths" or config.layers_with(_PATH.get(name, name))]
+    known = (*SIGNALS, *REQUESTED_SIGNALS)
+    present = [name for name in known if name == "paths" or config.layers_with(_PATH.get(name, name))]
     if signals is None:
-        return tuple(present)
+        return tuple(name for name in present if name in SIGNALS)
     for name in signals:
-        if name not in SIGNALS:
-            raise ValueError(f"signal {name!r} is not one of {', '.join(SIGNALS)}")
+        if name not in known:
+            raise ValueError(f"signal {name!r} is not one of {', '.join(known)}")
         if name not in present:
             raise ValueError(
                 f"this model has no {_PATH.get(name, name)} path, so there is no signal {name!r}"
             )
-    return tuple(name for name in SIGNALS if name in signals)
+    return tuple(name for name in known if name in signals)
 
 
 def taps_of(signals: Sequence[str]) -> list[str]:
@@ -162,6 +172,9 @@ def specs_of(config: HydraConfig, signals: Sequence[str], sequence_length: int, 
                 "blocks": per("position", length, chosen, blocks),
                 "scores": per("position", length, chosen, "float16"),
             }
+        elif group == "mass":
+            shares = {"query_head": config.attention_num_heads, "kind": len(KINDS)}
+            specs[group] = {"mass": per("position", length, shares, "float16")}
         elif group == "workspace":
             slot = {"slot": config.workspace_num_slots}
             specs[group] = {
@@ -233,6 +246,8 @@ def rows_of(recording: Recording, input_ids: Tensor, specs: Specs, config: Hydra
     if "attention" in specs:
         put("attention", "blocks", stack("attention.selection", "blocks"), length)
         put("attention", "scores", stack("attention.selection", "scores"), length)
+    if "mass" in specs:
+        put("mass", "mass", stack("attention.mass", "mass"), length)
     if "workspace" in specs:
         address = stack("workspace.write", "address").transpose(-1, -2).flatten(2, 3)  # [B, layer, C * T, S]
         put("workspace", "write_address", address, length)

@@ -15,7 +15,7 @@ import xarray as xr
 import zarr
 from zarr.codecs import ZstdCodec
 
-from hydra_lab.capture.layout import Rows, Specs
+from hydra_lab.capture.layout import KINDS, Rows, Specs
 from hydra_lab.taps import PATHS
 
 FORMAT = "hydra-lab-capture"
@@ -160,6 +160,8 @@ class Capture(Mapping[str, xr.Dataset]):
             dataset = dataset.assign_coords(layer=np.array(dataset.attrs["layers"], dtype=np.int64))
         if "path" in dataset.dims:
             dataset = dataset.assign_coords(path=list(PATHS))
+        if "kind" in dataset.dims:
+            dataset = dataset.assign_coords(kind=list(KINDS))
         return dataset
 
     def __iter__(self) -> Iterator[str]:

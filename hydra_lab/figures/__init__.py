@@ -4,6 +4,9 @@ Each takes `theme` ("light" or "dark") and, where it shows decisions of a path, 
 display the `go.Figure` that it returns.
 """
 
+from hydra_lab.figures.attention import hit_rate as hit_rate
+from hydra_lab.figures.attention import mass_by_kind as mass_by_kind
+from hydra_lab.figures.attention import selection_use as selection_use
 from hydra_lab.figures.contexts import top_contexts as top_contexts
 from hydra_lab.figures.export import NoBrowserError as NoBrowserError
 from hydra_lab.figures.export import write_html as write_html
@@ -30,11 +33,19 @@ from hydra_lab.figures.routing import expert_by_token_class as expert_by_token_c
 from hydra_lab.figures.routing import expert_load as expert_load
 from hydra_lab.figures.routing import routing_map as routing_map
 from hydra_lab.figures.routing import switch_rate as switch_rate
-from hydra_lab.figures.state import half_life as half_life
-from hydra_lab.figures.state import selection_use as selection_use
-from hydra_lab.figures.state import slot_reads as slot_reads
-from hydra_lab.figures.state import slot_writes as slot_writes
-from hydra_lab.figures.state import state_norms as state_norms
+from hydra_lab.figures.ssm import half_life as half_life
+from hydra_lab.figures.ssm import half_life_by_domain as half_life_by_domain
+from hydra_lab.figures.ssm import half_life_by_position as half_life_by_position
+from hydra_lab.figures.ssm import mixing_distance as mixing_distance
+from hydra_lab.figures.ssm import norm_growth as norm_growth
+from hydra_lab.figures.ssm import receptive_field as receptive_field
+from hydra_lab.figures.ssm import state_norms as state_norms
+from hydra_lab.figures.ssm import state_saturation as state_saturation
 from hydra_lab.figures.theme import Theme as Theme
 from hydra_lab.figures.theme import colours as colours
 from hydra_lab.figures.theme import template as template
+from hydra_lab.figures.workspace import read_entropy as read_entropy
+from hydra_lab.figures.workspace import read_lag as read_lag
+from hydra_lab.figures.workspace import slot_reads as slot_reads
+from hydra_lab.figures.workspace import slot_writes as slot_writes
+from hydra_lab.figures.workspace import write_entropy as write_entropy

@@ -8,6 +8,7 @@ change them.
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import plotly.graph_objects as go
 
 from hydra_lab.path_use import PathUse
@@ -187,6 +188,23 @@ def counted(count: int, noun: str) -> str:
 def as_text(text: str) -> str:
     """Text of the model on one line, and shown as it is: not as markup."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace("&", "&amp;").replace("<", "&lt;")
+
+
+def index_axis(count: int) -> dict[str, Any]:
+    """Ticks of an axis of `count` heads or slots: whole numbers, few enough for a phone."""
+    return {"tick0": 0, "dtick": max(1, -(-count // 12))}
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks between `low` and `high` (both > 0) of a logarithmic axis or colour scale: at least three round numbers
+    (1, 3, 10, ..., else 1, 2, 5, 10, ..., else every digit), or else the two ends."""
+    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    for digits in ((1, 3), (1, 2, 5), range(1, 10)):
+        ticks = np.outer(powers, digits).ravel()
+        ticks = ticks[(ticks >= low * 0.999) & (ticks <= high * 1.001)]
+        if len(ticks) > 2:
+            return ticks.tolist()
+    return [float(f"{low:.3g}"), float(f"{high:.3g}")]
 
 
 def _check(theme: str) -> None:

@@ -6,10 +6,19 @@ metrics need of it, counted from a record or taken from a capture's running summ
 (or counts) -> result, and `hydra_lab.figures` has a figure of the same name for every result.
 """
 
+from hydra_lab.metrics.attention import HitRate as HitRate
 from hydra_lab.metrics.attention import SelectionRecord as SelectionRecord
 from hydra_lab.metrics.attention import SelectionUse as SelectionUse
+from hydra_lab.metrics.attention import TargetRecord as TargetRecord
+from hydra_lab.metrics.attention import hit_rate as hit_rate
 from hydra_lab.metrics.attention import num_candidates as num_candidates
 from hydra_lab.metrics.attention import selection_use as selection_use
+from hydra_lab.metrics.attention_mass import KINDS as KINDS
+from hydra_lab.metrics.attention_mass import MassByKind as MassByKind
+from hydra_lab.metrics.attention_mass import MassRecord as MassRecord
+from hydra_lab.metrics.attention_mass import keys_in_view as keys_in_view
+from hydra_lab.metrics.attention_mass import mass_by_kind as mass_by_kind
+from hydra_lab.metrics.attention_mass import mass_record as mass_record
 from hydra_lab.metrics.contexts import ContextKind as ContextKind
 from hydra_lab.metrics.contexts import TopContexts as TopContexts
 from hydra_lab.metrics.contexts import top_contexts as top_contexts
@@ -83,15 +92,33 @@ from hydra_lab.metrics.specialists import expert_by_token_class as expert_by_tok
 from hydra_lab.metrics.specialists import specialization as specialization
 from hydra_lab.metrics.specialists import token_classes as token_classes
 from hydra_lab.metrics.ssm import HalfLife as HalfLife
+from hydra_lab.metrics.ssm import HalfLifeByDomain as HalfLifeByDomain
+from hydra_lab.metrics.ssm import HalfLifeByPosition as HalfLifeByPosition
 from hydra_lab.metrics.ssm import StateNorms as StateNorms
 from hydra_lab.metrics.ssm import StateRecord as StateRecord
 from hydra_lab.metrics.ssm import half_life as half_life
+from hydra_lab.metrics.ssm import half_life_by_domain as half_life_by_domain
+from hydra_lab.metrics.ssm import half_life_by_position as half_life_by_position
 from hydra_lab.metrics.ssm import state_norms as state_norms
+from hydra_lab.metrics.ssm_growth import NormGrowth as NormGrowth
+from hydra_lab.metrics.ssm_growth import StateSaturation as StateSaturation
+from hydra_lab.metrics.ssm_growth import norm_growth as norm_growth
+from hydra_lab.metrics.ssm_growth import state_saturation as state_saturation
+from hydra_lab.metrics.ssm_reach import MixingDistance as MixingDistance
+from hydra_lab.metrics.ssm_reach import ReceptiveField as ReceptiveField
+from hydra_lab.metrics.ssm_reach import mixing_distance as mixing_distance
+from hydra_lab.metrics.ssm_reach import receptive_field as receptive_field
+from hydra_lab.metrics.workspace import ReadEntropy as ReadEntropy
+from hydra_lab.metrics.workspace import ReadLag as ReadLag
 from hydra_lab.metrics.workspace import SlotReads as SlotReads
 from hydra_lab.metrics.workspace import SlotWrites as SlotWrites
 from hydra_lab.metrics.workspace import WorkspaceRecord as WorkspaceRecord
+from hydra_lab.metrics.workspace import WriteEntropy as WriteEntropy
+from hydra_lab.metrics.workspace import read_entropy as read_entropy
+from hydra_lab.metrics.workspace import read_lag as read_lag
 from hydra_lab.metrics.workspace import slot_reads as slot_reads
 from hydra_lab.metrics.workspace import slot_writes as slot_writes
+from hydra_lab.metrics.workspace import write_entropy as write_entropy
 from hydra_lab.path_use import IDLE_LOSS as IDLE_LOSS
 from hydra_lab.path_use import IDLE_SHARE as IDLE_SHARE
 from hydra_lab.path_use import PathUse as PathUse

@@ -1,10 +1,12 @@
-"""Metrics of the sparse attention of one block: how far back the selected blocks lie, and how choosy it is.
+"""Metrics of the block selection of sparse attention: how far back the selected blocks lie, how choosy it is, and
+whether it finds a target.
 
 See `hydra_lab.metrics.arrays` for the shape suffixes. A query at position t always sees its window (the last
 `window` tokens) and block 0; it may select among the completed blocks j >= 1 that reach back beyond the
-window: `j < t // block_size` and `j * block_size <= t - window`. With tile selection the last token of the
-    tile takes the place of
-t in the second condition.
+window: `j < t // block_size` and `j * block_size <= t - window`. With tile selection the last token of the tile
+takes the place of t in the second condition.
+
+Where the attention's probability goes is measured in `hydra_lab.metrics.attention_mass`.
 """
 
 from dataclasses import dataclass
@@ -77,9 +79,7 @@ def selection_use(record: SelectionRecord) -> SelectionUse:
     position_L = np.arange(num_positions, dtype=np.int64)
     selected = (record.blocks >= 0) & valid_NL[:, :, None, None]
 
-    largest = max(num_positions, 2 * record.block_size)
-    edges = record.block_size * 2 ** np.arange(int(np.ceil(np.log2(largest / record.block_size))) + 1)
-    edges = np.concatenate([[0], edges])
+    edges = _distance_edges(num_positions, record.block_size)
     num_bins = len(edges) - 1
     count_HV = np.zeros((num_heads, num_bins))
     total_H, sum_H = np.zeros((2, num_heads))
@@ -102,7 +102,7 @@ def selection_use(record: SelectionRecord) -> SelectionUse:
     num_queries = int(queries_L.sum())
     return SelectionUse(
         layer=record.layer,
-        edges=edges.astype(np.int64),
+        edges=edges,
         share=ratio(count_HV, total_H[:, None]),
         share_if_uniform=ratio(uniform_V, uniform_V.sum(keepdims=True)),
         mean_distance=ratio(sum_H, total_H),
@@ -121,3 +121,122 @@ def num_candidates(position: IntArray, *, window: int, block_size: int, tiled: b
     served = (position // block_size + 1) * block_size - 1 if tiled else position
     beyond_window = (served - window) // block_size
     return np.maximum(0, np.minimum(completed, beyond_window)).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class TargetRecord:
+    """Queries of one block whose answer lies at a known place (a planted fact, a premise, the other half of a pair).
+
+    Attributes:
+        selection: the block's recorded selections.
+        sample, query, target: [Q] each: the sample, the position of the query and that of the target, not behind it.
+    """
+
+    selection: SelectionRecord
+    sample: AnyIntArray
+    query: AnyIntArray
+    target: AnyIntArray
+
+    def __post_init__(self) -> None:
+        num_queries = len(self.query)
+        for name in ("sample", "query", "target"):
+            check_shape(name, getattr(self, name), (num_queries,))
+        if num_queries == 0:
+            raise ValueError("a target record needs at least one query")
+        if not (0 <= self.sample.min() and self.sample.max() < len(self.selection.length)):
+            raise ValueError(f"sample must lie in 0 .. {len(self.selection.length) - 1}")
+        length = self.selection.length[self.sample]
+        wrong = (self.target < 0) | (self.target > self.query) | (self.query >= length)
+        if wrong.any():
+            q = int(np.flatnonzero(wrong)[0])
+            raise ValueError(
+                f"entry {q} has target {self.target[q]} and query {self.query[q]} in a sample of {length[q]} tokens; "
+                "0 <= target <= query < tokens must hold"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class HitRate:
+    """Whether the attention selects the block that holds the target.
+
+    Attributes:
+        layer: index of the block.
+        hit: [H] share of the eligible queries whose selected blocks hold the target, per key-value head. Eligible are
+            those whose target lies in a candidate block, outside the window: only there the selection decides.
+            NaN where there are none.
+        error: [H] standard error of `hit`, with queries of one sample taken as dependent; NaN below two samples.
+        chance: share expected were each query's blocks drawn evenly from its candidates: mean over eligible queries
+            of min(K, candidates) / candidates.
+        visible: [H] share of all queries that see the target at all: in the window, the sink or a selected block.
+        edges: [V+1] edges of the distance bins, in tokens from the query back to the target (doubling).
+        hit_by_distance: [H, V] `hit` of the bin's eligible queries; NaN where there are none.
+        chance_by_distance: [V] `chance` of the bin's eligible queries.
+        visible_by_distance: [H, V] `visible` of the bin's queries; NaN where there are none.
+        num_eligible: [V] eligible queries in the bin.
+        num_queries: [V] queries in the bin.
+        num_samples: samples they come from.
+    """
+
+    layer: int
+    hit: FloatArray
+    error: FloatArray
+    chance: float
+    visible: FloatArray
+    edges: IntArray
+    hit_by_distance: FloatArray
+    chance_by_distance: FloatArray
+    visible_by_distance: FloatArray
+    num_eligible: IntArray
+    num_queries: IntArray
+    num_samples: int
+
+
+def hit_rate(record: TargetRecord) -> HitRate:
+    """How often the block that holds a known target is selected, against chance; see `HitRate`."""
+    selection = record.selection
+    size = selection.block_size
+    query, target = record.query.astype(np.int64), record.target.astype(np.int64)
+    block = target // size
+    candidates = num_candidates(query, window=selection.window, block_size=size, tiled=selection.tiled)
+    in_window = query - target < selection.window
+    eligible = (block >= 1) & (block <= candidates) & ~in_window
+    hit_QH = (selection.blocks[record.sample, query] == block[:, None, None]).any(axis=-1)
+    visible_QH = hit_QH | (in_window | (block == 0))[:, None]
+    num_places = selection.blocks.shape[-1]
+    chance_Q = ratio(np.minimum(num_places, candidates).astype(np.float64), candidates.astype(np.float64))
+
+    edges = _distance_edges(selection.blocks.shape[1], size)
+    in_bin_VQ = np.digitize(query - target, edges) - 1 == np.arange(len(edges) - 1)[:, None]
+    eligible_VQ = in_bin_VQ & eligible
+    queries_V, eligible_V = in_bin_VQ.sum(axis=1), eligible_VQ.sum(axis=1)
+    num_eligible = np.array(float(eligible.sum()))
+    hit_H = ratio(hit_QH[eligible].sum(axis=0).astype(np.float64), num_eligible)
+
+    samples, sample_Q = np.unique(record.sample[eligible], return_inverse=True)
+    excess_NH = np.zeros((len(samples), hit_QH.shape[1]))
+    np.add.at(excess_NH, sample_Q, hit_QH[eligible] - hit_H)
+    enough = len(samples) > 1
+    error_H = np.sqrt((excess_NH**2).sum(axis=0)) / num_eligible if enough else np.full(len(hit_H), np.nan)
+    return HitRate(
+        layer=selection.layer,
+        hit=hit_H,
+        error=error_H,
+        chance=float(chance_Q[eligible].mean()) if eligible.any() else float("nan"),
+        visible=visible_QH.mean(axis=0),
+        edges=edges,
+        hit_by_distance=ratio((eligible_VQ @ hit_QH.astype(np.float64)).T, eligible_V.astype(np.float64)),
+        chance_by_distance=ratio(eligible_VQ @ np.nan_to_num(chance_Q), eligible_V.astype(np.float64)),
+        visible_by_distance=ratio(
+            (in_bin_VQ @ visible_QH.astype(np.float64)).T, queries_V.astype(np.float64)
+        ),
+        num_eligible=eligible_V.astype(np.int64),
+        num_queries=queries_V.astype(np.int64),
+        num_samples=len(np.unique(record.sample)),
+    )
+
+
+def _distance_edges(num_positions: int, block_size: int) -> IntArray:
+    """Doubling edges of distances below `num_positions`: 0, one block, two, four, ..."""
+    largest = max(num_positions, 2 * block_size)
+    doublings = np.arange(int(np.ceil(np.log2(largest / block_size))) + 1)
+    return np.concatenate([[0], block_size * 2**doublings]).astype(np.int64)

@@ -149,6 +149,7 @@ def workspace_record(capture: CaptureLike, layer: int, *, samples: Rows = ALL) -
         read_address=_array(group, "read_address", "sample", "position", "slot"),
         read_gate=_array(group, "read_gate", "sample", "position"),
         write_gate=_array(group, "write_gate", "sample", "chunk", "slot"),
+        write_address=_array(group, "write_address", "sample", "position", "slot"),
         length=_length(capture, samples),
         chunk_size=int(group.attrs["chunk_size"]),
     )
@@ -162,6 +163,7 @@ def state_record(capture: CaptureLike, layer: int, *, samples: Rows = ALL) -> St
         norms=_array(group, "norms", "sample", "chunk", "head"),
         decay=_array(group, "decay", "sample", "position", "head"),
         length=_length(capture, samples),
+        domains=_domains(capture, samples),
         chunk_size=int(group.attrs["chunk_size"]),
     )
 

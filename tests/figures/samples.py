@@ -156,8 +156,10 @@ def workspace() -> metrics.WorkspaceRecord:
     taste = rng.normal(size=(1, 1, 16)) + np.linspace(0, 2, 512)[None, :, None] * rng.normal(size=(1, 1, 16))
     read = np.exp(taste + 0.5 * rng.normal(size=(8, 512, 16)))
     gate = 1 / (1 + np.exp(-np.linspace(-5, 2, 16) + 0.3 * rng.normal(size=(8, 16, 16))))
+    write = np.exp(rng.normal(size=(8, 512, 16)) * np.linspace(0.2, 3, 16)).reshape(8, 16, 32, 16)
     return metrics.WorkspaceRecord(
         layer=1,
+        write_address=(write / write.sum(axis=2, keepdims=True)).reshape(8, 512, 16),
         read_address=read / read.sum(axis=-1, keepdims=True),
         read_gate=np.clip(np.linspace(0.1, 0.6, 512) + 0.1 * rng.normal(size=(8, 512)), 0, 1),
         write_gate=gate,
@@ -173,7 +175,7 @@ def states() -> metrics.StateRecord:
     decay = -rate * rng.gamma(2, 0.5, size=(8, 512, 6))
     end = 64 * np.arange(1, 9)
     norms = (1 - np.exp(-end[None, :, None] * rate)) * np.linspace(2, 9, 6) + 0.2 * rng.random((8, 8, 6))
-    return metrics.StateRecord(0, norms, decay, np.full(8, 512), 64)
+    return metrics.StateRecord(0, norms, decay, np.full(8, 512), 64, DOMAINS)
 
 
 def selections() -> metrics.SelectionRecord:
@@ -187,6 +189,42 @@ def selections() -> metrics.SelectionRecord:
             blocks[n, t, 0, :some] = count - np.arange(some) if rng.random() < 0.7 else 1 + np.arange(some)
             blocks[n, t, 1, :some] = 1 + rng.permutation(count)[:some]
     return metrics.SelectionRecord(2, blocks, np.full(4, 1024), 128, 32)
+
+
+def mass() -> metrics.MassRecord:
+    """Two blocks of four heads that turn from the window to the selected blocks as the text goes on."""
+    rng = np.random.default_rng(5)
+    keys = metrics.keys_in_view(np.arange(512), window=64, block_size=32, num_selected=2)
+    taste = np.exp(rng.normal(size=(2, 1, 1, 4, 3)))
+    mass = keys[None, None, :, None] * taste * np.exp(0.3 * rng.normal(size=(2, 6, 512, 4, 3)))
+    return metrics.MassRecord(
+        layers=(2, 5),
+        mass=mass / mass.sum(axis=-1, keepdims=True),
+        length=np.full(6, 512),
+        window=64,
+        block_size=32,
+        num_selected=2,
+    )
+
+
+def targets() -> metrics.TargetRecord:
+    """Targets anywhere before the queries; the first head selects every second one's block."""
+    rng = np.random.default_rng(6)
+    selection = selections()
+    sample, query = rng.integers(4, size=400), rng.integers(1, 1024, size=400)
+    target = (query * rng.random(400)).astype(int)
+    candidates = metrics.num_candidates(query, window=128, block_size=32)
+    found = (target // 32 >= 1) & (target // 32 <= candidates) & (rng.random(400) < 0.5)
+    selection.blocks[sample[found], query[found], 0, 0] = target[found] // 32
+    return metrics.TargetRecord(selection, sample, query, target)
+
+
+def mixing() -> metrics.MixingDistance:
+    """Six heads that mix in what they have not forgotten, with random signs."""
+    rng = np.random.default_rng(7)
+    kept = np.cumsum(np.broadcast_to(-np.log(2) / np.geomspace(3, 3000, 6), (256, 6)), axis=0).T
+    matrix = np.tril(np.exp(kept[:, :, None] - kept[:, None, :])) * rng.normal(size=(6, 256, 256))
+    return metrics.mixing_distance(matrix, layer=0)
 
 
 def makers() -> dict[str, Callable[..., go.Figure]]:
@@ -235,6 +273,17 @@ def makers() -> dict[str, Callable[..., go.Figure]]:
         "state_norms": partial(figures.state_norms, metrics.state_norms(state)),
         "half_life": partial(figures.half_life, metrics.half_life(state)),
         "selection_use": partial(figures.selection_use, metrics.selection_use(selections())),
+        "read_entropy": partial(figures.read_entropy, metrics.read_entropy(space)),
+        "write_entropy": partial(figures.write_entropy, metrics.write_entropy(space)),
+        "read_lag": partial(figures.read_lag, metrics.read_lag(space)),
+        "half_life_by_position": partial(figures.half_life_by_position, metrics.half_life_by_position(state)),
+        "half_life_by_domain": partial(figures.half_life_by_domain, metrics.half_life_by_domain(state)),
+        "norm_growth": partial(figures.norm_growth, metrics.norm_growth(state)),
+        "state_saturation": partial(figures.state_saturation, metrics.state_saturation(state)),
+        "receptive_field": partial(figures.receptive_field, metrics.receptive_field(state)),
+        "mixing_distance": partial(figures.mixing_distance, mixing()),
+        "mass_by_kind": partial(figures.mass_by_kind, metrics.mass_by_kind(mass())),
+        "hit_rate": partial(figures.hit_rate, metrics.hit_rate(targets())),
     }
 
 

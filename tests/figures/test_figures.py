@@ -13,6 +13,7 @@ import plotly.io
 import pytest
 
 from hydra_lab import figures, metrics
+from hydra_lab.figures.theme import log_ticks
 
 _spec = spec_from_file_location("figure_samples", Path(__file__).with_name("samples.py"))
 assert _spec is not None and _spec.loader is not None
@@ -137,6 +138,49 @@ def test_infinite_half_lives_are_counted_instead_of_drawn() -> None:
     result = metrics.HalfLife(0, np.array([3.0, np.inf]), np.array([[2.0, 5.0], [np.inf, np.inf]]), 10, 1)
     figure = figures.half_life(result)
     assert list(traces(figure)[0]["x"]) == [0] and "1 head that never decays not drawn" in title_of(figure)
+
+
+def test_logarithmic_axes_have_round_ticks() -> None:
+    assert log_ticks(3, 3000) == [3, 10, 30, 100, 300, 1000, 3000]
+    assert log_ticks(0.9, 9.1) == [1, 2, 5]  # 1 and 3 alone would be few
+    assert log_ticks(2.1, 5.2) == [3, 4, 5]
+    assert log_ticks(1.23, 1.41) == [1.23, 1.41]
+
+
+def test_figures_of_the_state_show_the_numbers_of_their_results() -> None:
+    growth = metrics.norm_growth(samples.states())
+    slopes, *lines = traces(figures.norm_growth(growth))
+    np.testing.assert_allclose(slopes["y"], growth.slope)
+    np.testing.assert_allclose([line["y"] for line in lines], growth.mean.T)
+    saturation = metrics.state_saturation(samples.states())
+    drawn = {trace["name"]: list(trace["x"]) for trace in traces(figures.state_saturation(saturation))}
+    assert drawn["saturated (3)"] == [0, 1, 2] and drawn["still growing (3)"] == [3, 4, 5]
+    lag = metrics.read_lag(samples.workspace())
+    heat = traces(figures.read_lag(lag))[0]
+    np.testing.assert_allclose(heat["z"][2:], 100 * lag.share)
+    np.testing.assert_allclose(np.sum(heat["z"], axis=1), 100)
+    assert list(heat["x"]) == ["1", "2 to 3", "4 to 7", "8 to 15", "start"]
+
+
+def test_figures_of_attention_show_the_numbers_of_their_results() -> None:
+    mass = metrics.mass_by_kind(samples.mass())
+    bars = [trace for trace in traces(figures.mass_by_kind(mass)) if trace["type"] == "bar"]
+    assert [bar["name"] for bar in bars] == list(metrics.KINDS)
+    np.testing.assert_allclose([bar["x"][0] for bar in bars], 100 * mass.keys)
+    np.testing.assert_allclose([bar["x"][5] for bar in bars], 100 * mass.by_head[1, 0])
+    hits = metrics.hit_rate(samples.targets())
+    first = traces(figures.hit_rate(hits))[0]
+    eligible = hits.num_eligible > 0
+    np.testing.assert_allclose(first["y"], 100 * hits.hit_by_distance[0, eligible])
+    assert all(f"n={n}" in label for n, label in zip(hits.num_eligible[eligible], first["x"], strict=True))
+
+
+def test_a_hit_rate_without_queries_that_need_selection_says_so() -> None:
+    selection = samples.selections()
+    near = metrics.TargetRecord(selection, np.array([0, 1]), np.array([40, 700]), np.array([30, 690]))
+    figure = figures.hit_rate(metrics.hit_rate(near))
+    assert "over the 0 of 2 queries" in title_of(figure)
+    assert traces(figure)[0]["name"] == "head 0 selects it: no such query"
 
 
 def test_tokens_are_shown_as_text_not_as_markup() -> None:
