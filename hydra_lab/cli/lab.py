@@ -15,7 +15,7 @@ TOUR = "00_tour.ipynb"
 
 
 @commands.command(
-    epilog="Example: hydra-lab capture demo notes.txt articles.jsonl --out run.zarr",
+    epilog="Example: hydra-lab capture demo notes.txt articles.jsonl --out run.zarr --workers 2",
 )
 def capture(
     model: Annotated[str, typer.Argument(help="`demo`, or a directory with a config.json.")],
@@ -25,8 +25,23 @@ def capture(
     out: Annotated[Path, typer.Option(help="Capture to write, by custom NAME.zarr.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass; changes no result.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 512,
-    signal: Annotated[
-        list[str] | None, typer.Option(help="Group of decisions to keep; may be repeated. (default: all)")
+    signals: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--signal",
+            "--signals",
+            help="Group of decisions to keep, or `summary` for the running summary of all; may be repeated. (default: "
+            "all)",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Run on this many processes; changes no result.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on the Dask cluster there, tcp://host:port.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a forward pass. (default: a fair share)")
     ] = None,
     limit_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last committed batch.")] = False,
@@ -34,6 +49,8 @@ def capture(
 ) -> None:
     """Record every decision of a model on files of text, as xarray groups in a Zarr directory."""
     require("xarray", "zarr")
+    if workers is not None or scheduler is not None:
+        require("dask", "distributed")
     from hydra_lab.capture import capture_files
     from hydra_lab.capture.sources import find_sources
 
@@ -48,7 +65,10 @@ def capture(
         out,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        signals=signal or None,
+        signals=signals or None,
+        workers=workers,
+        scheduler=scheduler,
+        threads=threads,
         resume=resume,
         limit_tokens=limit_tokens,
         progress=not as_json,
