@@ -1,4 +1,5 @@
-"""Reading the model's decisions: `record` for one batch, `capture_files` and `open_capture` for millions of tokens, `compare` for two captures.
+"""Reading the model's decisions: `record` for one batch, `capture_files` and `open_capture` for millions of tokens, and
+`compare` for two captures of one text.
 
 `record` needs torch alone; the others are imported when they are first used, because they need xarray and zarr.
 """

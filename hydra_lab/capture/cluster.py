@@ -144,15 +144,21 @@ def _in_order(
 
 def _check_portable(model: HydraForCausalLM) -> None:
     """Weights and configuration travel; what was put on the model besides does not."""
-    hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    hooked = [
+        name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks
+    ]
     if hooked:
         raise ValueError(
             f"the model has hooks on {', '.join(hooked)}, which do not travel to workers: "
             "name what they do as interventions, or capture in one process"
         )
-    scaled = {path for block in model.model.blocks for path, scale in block.path_scale.items() if scale != 1.0}
+    scaled = {
+        path for block in model.model.blocks for path, scale in block.path_scale.items() if scale != 1.0
+    }
     if scaled:
-        raise ValueError(f"set_path_scale holds for {', '.join(sorted(scaled))}, and does not travel to workers")
+        raise ValueError(
+            f"set_path_scale holds for {', '.join(sorted(scaled))}, and does not travel to workers"
+        )
 
 
 @contextmanager
@@ -164,9 +170,7 @@ def _stored(model: HydraForCausalLM, directory: Path) -> Iterator[StoredModel]:
             model.save_pretrained(directory)
         except SafetensorError as error:
             raise OSError(f"{directory}: the model cannot be written for the workers: {error}") from error
-        yield StoredModel(
-            directory, model.dtype, model.device.type, hash_weights(model), backends_of(model)
-        )
+        yield StoredModel(directory, model.dtype, model.device.type, hash_weights(model), backends_of(model))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -209,6 +213,8 @@ def _load(stored: StoredModel) -> HydraForCausalLM:
             if hash_weights(model) != stored.weights_sha256:
                 raise ValueError(f"{stored.directory} does not hold the weights that are captured")
             if backends_of(model) != stored.backend:
-                raise ValueError(f"a worker would run {backends_of(model)}, the capture says {stored.backend}")
+                raise ValueError(
+                    f"a worker would run {backends_of(model)}, the capture says {stored.backend}"
+                )
             _loaded = stored, model
         return _loaded[1]

@@ -163,7 +163,9 @@ def _check_same_text(first: Compared, second: Compared) -> None:
     for name in ("length", "token"):
         for rows, (a, b) in _blocks(first, second, "tokens", name):
             if a.shape != b.shape:
-                raise ValueError(f"the captures have windows of different sizes: {a.shape[1]} and {b.shape[1]}")
+                raise ValueError(
+                    f"the captures have windows of different sizes: {a.shape[1]} and {b.shape[1]}"
+                )
             differs = (a != b).reshape(len(a), -1).any(axis=1)
             if differs.any():
                 sample = rows.start + int(differs.argmax())

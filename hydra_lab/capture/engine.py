@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hydra_lab.capture.layout import SUMMARY, Specs, chunk_size_of, layers_of, signals_of, specs_of
+from hydra_lab.capture.layout import SIGNALS, SUMMARY, chunk_size_of, layers_of, signals_of, specs_of
 from hydra_lab.capture.sources import Inspection, Source, Window, find_sources, inspect, windows
 from hydra_lab.capture.store import Capture, CaptureWriter, open_capture
 from hydra_lab.capture.work import Commit, Job, commits, perform
@@ -157,12 +157,14 @@ def capture_files(
     return open_capture(out)
 
 
-def _split_signals(
-    model: HydraForCausalLM, signals: Sequence[str] | None
-) -> tuple[tuple[str, ...], bool]:
+def _split_signals(model: HydraForCausalLM, signals: Sequence[str] | None) -> tuple[tuple[str, ...], bool]:
     """The groups to keep in full, and whether there is a summary."""
     if signals is None:
         return signals_of(model.config, None), True
+    known = (*SIGNALS, SUMMARY)
+    for name in signals:
+        if name not in known:
+            raise ValueError(f"signal {name!r} is not one of {', '.join(known)}")
     groups = [name for name in signals if name != SUMMARY]
     return signals_of(model.config, groups), SUMMARY in signals
 
@@ -186,7 +188,7 @@ def _open_writer(
         out,
         {group: job.specs[group] for group in job.kept},
         attributes=attributes,
-        group_attributes={group: _group_attributes(model, group) for group in job.kept},
+        group_attributes={group: _group_attributes(model, group) for group in job.kept if group != "tokens"},
         commit_size=max(1, COMMIT_TOKENS // sequence_length),
     )
 

@@ -1,10 +1,10 @@
 """A capture on disk: a Zarr directory of xarray groups that grows by whole commits.
 
 Zarr's chunks along `sample` are as large as one commit, so every commit writes files of its own, and several processes
-may write different commits at once. What is committed stands in the attributes of the root group, which are
-raised last and replaced atomically: the counter `committed`, and `summary_slot`, the one of two slots that holds the summary of the
-committed samples (the other one is written next). Whatever was written beyond is ignored by `open_capture` and cut
-off when the capture is resumed.
+may write different commits at once. What is committed stands in the attributes of the root group, which are raised
+last and replaced atomically: the counter `committed`, and `summary_slot`, that one of two slots that holds the summary
+of the committed samples (the other one is written next). Whatever was written beyond is ignored by `open_capture` and
+cut off when the capture is resumed.
 """
 
 import importlib.util
@@ -91,7 +91,9 @@ class CaptureWriter:
         for group, arrays in specs.items():
             node = root.create_group(group, attributes=group_attributes.get(group, {}))
             for name, spec in arrays.items():
-                sizes = [1 if dim == "layer" else size for dim, size in zip(spec.dims, spec.shape, strict=True)]
+                sizes = [
+                    1 if dim == "layer" else size for dim, size in zip(spec.dims, spec.shape, strict=True)
+                ]
                 node.create_array(
                     name,
                     shape=(0, *spec.shape),
@@ -128,7 +130,9 @@ class CaptureWriter:
 
     def commit(self, num_samples: int, num_tokens: int, summary: Summary | None) -> None:
         """Count in the next `num_samples` samples, whose rows are written, and the summary of them."""
-        assert not self.complete and self.committed % self.commit_size == 0 and num_samples <= self.commit_size
+        assert (
+            not self.complete and self.committed % self.commit_size == 0 and num_samples <= self.commit_size
+        )
         if summary is not None:
             self.summary = summary if self.summary is None else merge(self.summary, summary)
             self.summary_slot = "b" if self.summary_slot == "a" else "a"
