@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from distributed import Client, Future, KilledWorker, LocalCluster
 from safetensors import SafetensorError
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
 from hydra_lab.capture.engine import backends_of, hash_weights
 from hydra_lab.capture.sources import Window
@@ -66,7 +66,7 @@ class PerformAll(Protocol):
         todo: Iterator[Commit],
         reserve: Callable[[int], None],
         seen: Callable[[Sequence[Window]], None],
-    ) -> Iterator[tuple[Commit, Summary | None]]: ...
+    ) -> Generator[tuple[Commit, Summary | None]]: ...
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def on_cluster(
             todo: Iterator[Commit],
             reserve: Callable[[int], None],
             seen: Callable[[Sequence[Window]], None],
-        ) -> Iterator[tuple[Commit, Summary | None]]:
+        ) -> Generator[tuple[Commit, Summary | None]]:
             return _in_order(client, job, stored, todo, reserve, seen)
 
         yield perform_all
@@ -118,7 +118,7 @@ def _in_order(
     todo: Iterator[Commit],
     reserve: Callable[[int], None],
     seen: Callable[[Sequence[Window]], None],
-) -> Iterator[tuple[Commit, Summary | None]]:
+) -> Generator[tuple[Commit, Summary | None]]:
     underway: deque[tuple[Commit, Future]] = deque()
     try:
         while True:
@@ -167,7 +167,8 @@ def _stored(model: HydraForCausalLM, directory: Path) -> Iterator[StoredModel]:
     shutil.rmtree(directory, ignore_errors=True)  # left by a capture that was killed
     try:
         try:
-            model.save_pretrained(directory)
+            with _no_bars():
+                model.save_pretrained(directory)
         except SafetensorError as error:
             raise OSError(f"{directory}: the model cannot be written for the workers: {error}") from error
         yield StoredModel(directory, model.dtype, model.device.type, hash_weights(model), backends_of(model))
@@ -185,6 +186,18 @@ def _check_versions(client: Client, scheduler: str) -> None:
                     f"worker {address} of {scheduler} has {name} {theirs['packages'].get(name)}, this program "
                     f"{ours[name]}: results would not be identical"
                 )
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bars, one per file; a capture has one of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 # --- in the worker -----------------------------------------------------------------------------------------------
@@ -205,11 +218,13 @@ def _load(stored: StoredModel) -> HydraForCausalLM:
             _loaded = None  # before the next one needs its memory
             if not (stored.directory / "config.json").is_file():
                 raise ValueError(f"a worker of process {os.getpid()} does not see {stored.directory}")
-            disable_progress_bar()
-            model: HydraForCausalLM = HydraForCausalLM.from_pretrained(
-                stored.directory, dtype=stored.dtype, local_files_only=True
-            )
+            with _no_bars():
+                model: HydraForCausalLM = HydraForCausalLM.from_pretrained(
+                    stored.directory, dtype=stored.dtype, local_files_only=True
+                )
             model = model.to(stored.device).eval()
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.clone()  # not mapped to a file that goes when the capture is done
             if hash_weights(model) != stored.weights_sha256:
                 raise ValueError(f"{stored.directory} does not hold the weights that are captured")
             if backends_of(model) != stored.backend:

@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -151,7 +151,7 @@ def capture_files(
 
                     perform_there = stack.enter_context(on_cluster(model, job, workers, scheduler))
                     done = perform_there(todo, writer.reserve, tally.add)
-                for commit, summary in done:
+                for commit, summary in stack.enter_context(closing(done)):
                     writer.commit(len(commit.windows), commit.num_tokens, summary)
             writer.finish()
     return open_capture(out)
@@ -199,7 +199,7 @@ def _perform_here(
     todo: Iterable[Commit],
     reserve: Callable[[int], None],
     seen: Callable[[Sequence[Window]], None],
-) -> Iterator[tuple[Commit, Summary | None]]:
+) -> Generator[tuple[Commit, Summary | None]]:
     """Each commit and its summary, when its rows are written."""
     for commit in todo:
         reserve(commit.end)
@@ -250,7 +250,8 @@ class _Tally:
 def describe_model(model: HydraForCausalLM, tokenizer: Any) -> dict[str, Any]:
     """Names, hashes and versions that say which model, tokenizer and program made a capture."""
     config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
+    # What `save_pretrained` writes into it says nothing of the model that is not said below.
+    for name in ("_name_or_path", "transformers_version", "architectures", "dtype"):
         config.pop(name, None)
     config = json.loads(json.dumps(config, default=str))
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)

@@ -8,6 +8,7 @@ cut off when the capture is resumed.
 """
 
 import importlib.util
+import io
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -173,31 +174,34 @@ def _arrays(root: zarr.Group) -> dict[tuple[str, str], zarr.Array]:
 
 
 def _write_summary(root: zarr.Group, slot: str, summary: Summary) -> None:
-    """Overwrite a slot, in place where an array keeps its form, as all but growing ones do."""
-    for group, arrays in summary.items():
-        node = root.require_group(f"{SUMMARY}/{slot}/{group}")
-        present = dict(node.arrays())
-        for name, value in arrays.items():
-            array = present.get(name)
-            if array is None or array.shape != value.shape or array.dtype != value.dtype:
-                array = node.create_array(
-                    name,
-                    shape=value.shape,
-                    dtype=value.dtype,
-                    chunks=tuple(max(1, size) for size in value.shape),
-                    compressors=ZstdCodec(level=1),
-                    overwrite=True,
-                )
-            array[...] = value
+    """Write a slot: one array that holds the bytes of an npz file, in one chunk, so that a reader finds it whole."""
+    packed = io.BytesIO()
+    named = {f"{group}/{name}": array for group, arrays in summary.items() for name, array in arrays.items()}
+    np.savez(packed, **named)
+    data = np.frombuffer(packed.getbuffer(), dtype=np.uint8)
+    slots = root.require_group(SUMMARY)
+    array = slots.get(slot)
+    if not isinstance(array, zarr.Array) or array.shape != data.shape:
+        array = slots.create_array(
+            slot,
+            shape=data.shape,
+            dtype=data.dtype,
+            chunks=data.shape,
+            compressors=ZstdCodec(level=1),
+            overwrite=True,
+        )
+    array[...] = data
 
 
 def _read_summary(root: zarr.Group, slot: str) -> Summary:
-    node = root[f"{SUMMARY}/{slot}"]
-    assert isinstance(node, zarr.Group)
-    return {
-        group: {name: np.asarray(array[...]) for name, array in inner.arrays()}
-        for group, inner in node.groups()
-    }
+    array = root[f"{SUMMARY}/{slot}"]
+    assert isinstance(array, zarr.Array)
+    summary: Summary = {}
+    with np.load(io.BytesIO(np.asarray(array[...]).tobytes()), allow_pickle=False) as packed:
+        for key in packed.files:
+            group, name = key.split("/")
+            summary.setdefault(group, {})[name] = packed[key]
+    return summary
 
 
 class Capture(Mapping[str, xr.Dataset]):
@@ -252,21 +256,10 @@ class Capture(Mapping[str, xr.Dataset]):
         """
         if SUMMARY not in self.attributes["signals"]:
             raise ValueError(f"{self.path} keeps no summary: it was captured without the signal {SUMMARY!r}")
-        while True:
-            root = zarr.open_group(self.path, mode="r")
-            committed, slot = root.attrs["committed"], root.attrs["summary_slot"]
-            if slot is None:
-                raise ValueError(f"{self.path} has no summary yet: nothing is committed")
-            summary = _read_summary(root, str(slot))
-            # The slot is written anew only after the next commit: unless there was one, it is whole.
-            if zarr.open_group(self.path, mode="r").attrs["committed"] == committed:
-                return summary
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """Domain label of each sample."""
-        names = self.attributes["domains"]
-        return tuple(names[code] for code in self["tokens"]["domain"].values)
+        root = zarr.open_group(self.path, mode="r")
+        if root.attrs["summary_slot"] is None:
+            raise ValueError(f"{self.path} has no summary yet: nothing is committed")
+        return _read_summary(root, str(root.attrs["summary_slot"]))
 
 
 def open_capture(path: str | Path) -> Capture:

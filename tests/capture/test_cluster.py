@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hydra_lab.capture import Capture, CaptureProgress, open_capture
-from tests.capture.shared import assert_identical, run, write_texts
+from tests.capture.shared import ByteTokenizer, assert_identical, run, write_texts
 from tests.helpers import lively_model
 
 distributed = pytest.importorskip("distributed", reason="the extra `scale` is not installed")
@@ -86,11 +86,18 @@ def test_a_worker_that_stands_still(
     out = tmp_path / "run.zarr"
     where = address(client)
     stopped = next(iter(client.run(os.getpid).values()))
-    os.kill(stopped, signal.SIGSTOP)
     finished: list[Capture] = []
 
+    class StoppingTokenizer(ByteTokenizer):
+        """The first text is read when the workers are there and have nothing to do yet."""
+
+        def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+            os.kill(stopped, signal.SIGSTOP)
+            return super().__call__(text, **options)
+
     def capture() -> None:
-        finished.append(run(model, texts, out, commit=COMMIT, scheduler=where))
+        tokenizer = StoppingTokenizer()
+        finished.append(run(model, texts, out, tokenizer=tokenizer, commit=COMMIT, scheduler=where))
 
     thread = threading.Thread(target=capture)
     try:
@@ -159,7 +166,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
     yield mount
     if os.path.ismount(place):
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def size_on_disk(path: Path) -> int:

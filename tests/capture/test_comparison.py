@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hydra_lab.capture import Capture, capture_files, compare
+from hydra_lab.capture import Capture, compare
 from hydra_lab.capture.in_memory import capture_batch
-from tests.capture.shared import LENGTH, ByteTokenizer, run, write_texts
+from tests.capture.shared import ByteTokenizer, run, write_texts
 from tests.helpers import lively_model, random_ids
 
 DOMAINS = ("prose", "x", "y")
@@ -151,9 +151,7 @@ def test_other_texts_are_refused(model: Any, texts: Path, baseline: Capture, tmp
         def get_vocab(self) -> dict[str, int]:
             return {"a": 0}
 
-    files = [texts / "prose.txt", texts / "mixed.jsonl"]
-    options: dict[str, Any] = {"sequence_length": LENGTH, "progress": False, "signals": ()}
-    other = capture_files(model, OtherTokenizer(), files, tmp_path / "tokenizer.zarr", **options)
+    other = run(model, texts, tmp_path / "tokenizer.zarr", tokenizer=OtherTokenizer(), signals=())
     refused(other, "different tokenizer")
     (tmp_path / "more").mkdir()
     changed = write_texts(tmp_path / "more")

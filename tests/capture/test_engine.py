@@ -314,9 +314,9 @@ def test_a_line_that_cannot_be_read_any_more(once: Capture, model: Any, tmp_path
         run(model, texts, out, batch_size=1, resume=True)
     assert open_capture(out).num_samples == 8
     (texts / "mixed.jsonl").write_text(good)
-    resumed = run(model, texts, out, batch_size=1, resume=True)
+    resumed = arrays(run(model, texts, out, batch_size=1, resume=True))
     for name, array in arrays(once).items():
-        np.testing.assert_array_equal(arrays(resumed)[name], array, err_msg=name)
+        np.testing.assert_array_equal(resumed[name], array, err_msg=name)
 
 
 def test_progress_is_told(
