@@ -19,6 +19,7 @@ from hydra_lab.capture.layout import SIGNALS, SUMMARY, chunk_size_of, layers_of,
 from hydra_lab.capture.sources import Inspection, Source, Window, find_sources, inspect, windows
 from hydra_lab.capture.store import Capture, CaptureWriter, open_capture
 from hydra_lab.capture.work import Commit, Job, commits, perform
+from hydra_lab.interventions import Intervention, in_force, intervened
 from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.ops.backend import current_backends, default_backend
 from hydra_lab.summaries import Summary
@@ -52,6 +53,7 @@ def capture_files(
     batch_size: int = 8,
     sequence_length: int = 512,
     signals: Sequence[str] | None = None,
+    interventions: Sequence[str | Intervention] = (),
     workers: int | None = None,
     scheduler: str | None = None,
     threads: int | None = None,
@@ -85,6 +87,8 @@ def capture_files(
         batch_size: windows per forward pass.
         signals: groups to keep besides `tokens`, and "summary" for the running summary of all groups; None for all of
             these. "summary" alone keeps no raw array but the tokens.
+        interventions: changes that the model runs with (`hydra_lab.interventions`), besides those that are in force on
+            it already, which do not travel to workers.
         workers: run on this many processes of this machine (needs the extra `scale`). A script that does so starts
             under `if __name__ == "__main__":`.
         scheduler: or on the Dask cluster at this address, whose workers see the file system of `out`.
@@ -110,6 +114,8 @@ def capture_files(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if workers is not None and scheduler is not None:
         raise ValueError("workers starts a cluster and scheduler names one: give one of them")
+    with intervened(model, *interventions) as changes:
+        in_all = in_force(model)
     out = Path(out)
     groups, summarized = _split_signals(model, signals)
     if out.exists() and not resume:
@@ -123,6 +129,7 @@ def capture_files(
         "sequence_length": sequence_length,
         "signals": [*groups, SUMMARY] if summarized else list(groups),
         "limit_tokens": limit_tokens,
+        "interventions": [json.loads(json.dumps(change.to_dict())) for change in in_all],
         "domains": list(inspection.domains),
         **_describe_sources(sources, inspection),
     }
@@ -133,6 +140,7 @@ def capture_files(
         kept=("tokens", *groups),
         summarized=summarized,
         config=attributes["config"],
+        interventions=changes,
         domains=inspection.domains,
         batch_size=batch_size,
         threads=threads,

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
-from zarr.codecs import ZstdCodec
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import BloscCodec, ZstdCodec
 
 from hydra_lab.capture.layout import SUMMARY, Rows, Specs
 from hydra_lab.summaries import Summary, merge
@@ -92,17 +93,20 @@ class CaptureWriter:
         for group, arrays in specs.items():
             node = root.create_group(group, attributes=group_attributes.get(group, {}))
             for name, spec in arrays.items():
+                # One block of large arrays is read at a time, and everything of small ones.
+                per_layer = "position" in spec.dims
                 sizes = [
-                    1 if dim == "layer" else size for dim, size in zip(spec.dims, spec.shape, strict=True)
+                    1 if dim == "layer" and per_layer else max(1, size)
+                    for dim, size in zip(spec.dims, spec.shape, strict=True)
                 ]
                 node.create_array(
                     name,
                     shape=(0, *spec.shape),
-                    chunks=(commit_size, *(max(1, size) for size in sizes)),
+                    chunks=(commit_size, *sizes),
                     dtype=spec.dtype,
                     fill_value=spec.fill,
                     dimension_names=("sample", *spec.dims),
-                    compressors=ZstdCodec(level=3),
+                    compressors=_compressor(spec.dtype),
                 )
         building.rename(path)
         return cls(path, zarr.open_group(path, mode="r+"))
@@ -153,6 +157,15 @@ class CaptureWriter:
 
     def _note(self) -> None:
         self.root.attrs.update({name: getattr(self, name) for name in _PROGRESS})
+
+
+def _compressor(dtype: str) -> BytesBytesCodec:
+    """The smallest of what was measured at no more than 4% of a capture's time (demo, 131,072 tokens of source code, bytes
+    per token of all arrays, share of the time): zstd at level 3 283.4, 0.6%; at 9 276.0, 1.8%; bytes shuffled and zstd at 3
+    268.4, 1.5%, at 5 247.9, 3.4%, at 9 239.1, 55%. Integers are smaller without the shuffle: 245.4 in all."""
+    if np.dtype(dtype).kind == "f":
+        return BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=np.dtype(dtype).itemsize)
+    return ZstdCodec(level=9)
 
 
 def write_rows(path: Path, first_sample: int, rows: Rows) -> None:

@@ -18,7 +18,7 @@ from hydra_lab.capture.layout import Rows, Specs, rows_of, taps_of
 from hydra_lab.capture.record import record
 from hydra_lab.capture.sources import Window
 from hydra_lab.capture.store import write_rows
-from hydra_lab.locks import model_lock
+from hydra_lab.interventions import Intervention, intervened
 from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.summaries import Summary, summarize
 
@@ -54,6 +54,7 @@ class Job:
         kept: groups that are written in full.
         summarized: whether commits are summarized.
         config: of the model, as a dict.
+        interventions: changes that the model runs with.
         domains: labels that `tokens.domain` indexes.
         batch_size: windows per forward pass.
         threads: CPU threads of a forward pass.
@@ -64,6 +65,7 @@ class Job:
     kept: tuple[str, ...]
     summarized: bool
     config: dict[str, Any]
+    interventions: tuple[Intervention, ...]
     domains: tuple[str, ...]
     batch_size: int
     threads: int
@@ -126,7 +128,7 @@ def _batch_rows(job: Job, model: HydraForCausalLM, batch: list[Window]) -> Rows:
         mask[row, : len(window.ids)] = 1
     ids = ids.to(model.device)
     groups = [group for group in job.specs if group != "tokens"]
-    with model_lock(model):
+    with intervened(model, *job.interventions):  # which holds the model's lock
         recording = record(model, ids, mask, taps=taps_of(groups), contributions="paths" in groups)
     rows = rows_of(recording, ids, job.specs, model.config)
     for name, values in (

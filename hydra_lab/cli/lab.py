@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from hydra_lab.cli.rules import BadInput, checkout, load_model, print_json, require, without_progress_bars
+from hydra_lab.cli.rules import (
+    BadInput,
+    Intervene,
+    InterveneFile,
+    checkout,
+    interventions,
+    load_model,
+    print_json,
+    require,
+    without_progress_bars,
+)
 
 commands = typer.Typer()
 
@@ -44,6 +54,8 @@ def capture(
         int | None, typer.Option(min=1, help="CPU threads of a forward pass. (default: a fair share)")
     ] = None,
     limit_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.")] = None,
+    intervene: Intervene = None,
+    intervene_file: InterveneFile = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last committed batch.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
@@ -57,6 +69,7 @@ def capture(
     if out.exists() and not resume:
         raise BadInput(f"{out} exists already; --resume goes on with it, another --out starts anew")
     find_sources(files)  # a mistyped name should not have to wait for the model
+    changes = interventions(intervene, intervene_file)
     loaded, tokenizer = load_model(model)
     result = capture_files(
         loaded,
@@ -66,6 +79,7 @@ def capture(
         batch_size=batch_size,
         sequence_length=sequence_length,
         signals=signals or None,
+        interventions=changes,
         workers=workers,
         scheduler=scheduler,
         threads=threads,
@@ -79,6 +93,7 @@ def capture(
         "tokens": int(result.attributes["num_tokens"]),
         "groups": list(result.groups),
         "domains": list(result.attributes["domains"]),
+        "interventions": [str(change) for change in changes],
     }
     if as_json:
         print_json(summary)
