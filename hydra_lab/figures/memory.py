@@ -4,24 +4,50 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from hydra_lab.figures.theme import MAGNITUDE, Theme, colours, counted, finish, muted_colour, text_colour
-from hydra_lab.metrics import BetaByDomain, MemoryMap, MemoryUse, PathUse, TopTokens
+from hydra_lab.figures.grid import heat_map_grid
+from hydra_lab.figures.theme import (
+    MAGNITUDE,
+    Theme,
+    as_text,
+    colours,
+    counted,
+    finish,
+    muted_colour,
+    text_colour,
+)
+from hydra_lab.metrics import (
+    AddressOverlap,
+    BetaByDomain,
+    DeadAddresses,
+    MemoryMap,
+    MemoryUse,
+    MemoryUseByGroup,
+    PathUse,
+    TopTokens,
+)
 
 
 def memory_use(result: MemoryUse, *, path_use: PathUse | None = None, theme: Theme = "light") -> go.Figure:
-    """Share of the read weight that the most read rows hold, against even use."""
-    main = colours(1, theme)[0]
+    """Share of the read weight, and of the reads, that the most read rows hold, against even use."""
+    by_weight, by_reads = colours(2, theme)
     figure = go.Figure(
         [
-            go.Scatter(
-                x=result.coverage_rows,
-                y=100 * result.coverage,
-                mode="lines+markers",
-                name="measured",
-                line={"color": main, "width": 2},
-                marker={"size": 5},
-                hovertemplate="the %{x:,} most read rows hold %{y:.1f}%<extra></extra>",
+            *(
+                go.Scatter(
+                    x=result.coverage_rows,
+                    y=100 * coverage,
+                    mode="lines+markers",
+                    name=name,
+                    line={"color": colour, "width": 2, "dash": dash},
+                    marker={"size": 5, "symbol": symbol},
+                    hovertemplate=f"the %{{x:,}} rows with most {name} hold %{{y:.1f}}% of it<extra></extra>",
+                )
+                for coverage, name, colour, dash, symbol in (
+                    (result.coverage, "read weight", by_weight, "solid", "circle"),
+                    (result.coverage_of_reads, "reads", by_reads, "dot", "square"),
+                )
             ),
             go.Scatter(
                 x=result.coverage_rows,
@@ -34,19 +60,106 @@ def memory_use(result: MemoryUse, *, path_use: PathUse | None = None, theme: The
         ]
     )
     figure.update_xaxes(title_text="rows, most read first (log scale)", type="log")
-    figure.update_yaxes(title_text="share of the read weight (%)", range=[0, 103])
+    figure.update_yaxes(title_text="share held by these rows (%)", range=[0, 103])
     return finish(
         figure,
         title=f"Use of the memory, block {result.layer}",
         subtitle=f"{100 * result.used_share:.1f}% of {result.num_rows:,} rows read (even reads would touch "
-        f"{100 * result.used_share_if_uniform:.1f}%); KL to uniform {result.kl_to_uniform:.2f} nats, "
-        f"Gini {result.gini:.2f}<br>sum over {counted(result.num_reads, 'read')} by "
+        f"{100 * result.used_share_if_uniform:.1f}%); by weight: KL to uniform {result.kl_to_uniform:.2f} nats, "
+        f"Gini {result.gini:.2f}<br>by reads: KL {result.kl_of_reads:.2f} (even at random "
+        f"{result.kl_of_reads_if_uniform:.2f}), Gini {result.gini_of_reads:.2f} "
+        f"({result.gini_of_reads_if_uniform:.2f}); {counted(result.num_reads, 'read')} by "
         f"{counted(result.num_tokens, 'token')} of {counted(result.num_samples, 'sample')}",
         theme=theme,
         path="memory",
         layer=result.layer,
         path_use=path_use,
         height=380,
+    )
+
+
+def memory_use_by_domain(
+    result: MemoryUseByGroup, *, path_use: PathUse | None = None, theme: Theme = "light"
+) -> go.Figure:
+    """Used share, KL to uniform and Gini of each domain's reads, beside what even reads would give."""
+    names = [f"{name} (n={use.num_samples:,})" for name, use in zip(result.groups, result.use, strict=True)]
+    return _by_group(result, names, "each domain's tokens", path_use, theme)
+
+
+def memory_use_by_head(
+    result: MemoryUseByGroup, *, path_use: PathUse | None = None, theme: Theme = "light"
+) -> go.Figure:
+    """Used share, KL to uniform and Gini of each head's reads, beside what even reads would give."""
+    return _by_group(result, [f"head {name}" for name in result.groups], "each head", path_use, theme)
+
+
+def _by_group(
+    result: MemoryUseByGroup, names: list[str], readers: str, path_use: PathUse | None, theme: Theme
+) -> go.Figure:
+    weight, reads = colours(2, theme)
+    titles = ("rows read (%)", "KL to uniform (nats)", "Gini coefficient")
+    figure = make_subplots(rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.04)
+    used = [100 * use.used_share for use in result.use]
+    touched = [100 * use.used_share_if_uniform for use in result.use]
+    panels = (
+        (("reads", used), ("as many reads, even at random", touched)),
+        (
+            ("read weight", [use.kl_to_uniform for use in result.use]),
+            ("reads", [use.kl_of_reads for use in result.use]),
+            ("as many reads, even at random", [use.kl_of_reads_if_uniform for use in result.use]),
+        ),
+        (
+            ("read weight", [use.gini for use in result.use]),
+            ("reads", [use.gini_of_reads for use in result.use]),
+            ("as many reads, even at random", [use.gini_of_reads_if_uniform for use in result.use]),
+        ),
+    )
+    styles = {
+        "read weight": (weight, "circle"),
+        "reads": (reads, "square-open"),
+        "as many reads, even at random": (muted_colour(theme), "line-ns-open"),
+    }
+    for column, panel in enumerate(panels, start=1):
+        for name, values in panel:
+            colour, symbol = styles[name]
+            figure.add_trace(
+                go.Scatter(
+                    x=values,
+                    y=names,
+                    mode="markers",
+                    name=name,
+                    legendgroup=name,
+                    showlegend=column == 2,
+                    marker={
+                        "size": 11,
+                        "symbol": symbol,
+                        "color": colour,
+                        "line": {"width": 2, "color": colour},
+                    },
+                    hovertemplate="%{y}, " + name + ": %{x:.3g}<extra></extra>",
+                ),
+                row=1,
+                col=column,
+            )
+        figure.update_xaxes(title_text=titles[column - 1], rangemode="tozero", row=1, col=column)
+        if column > 1:
+            figure.update_yaxes(ticks="", row=1, col=column)
+    figure.update_yaxes(autorange="reversed", title_text="", type="category")
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.28, "yanchor": "top"})
+    num_reads = sum(use.num_reads for use in result.use)
+    samples = (
+        sum(use.num_samples for use in result.use) if result.kind == "domain" else result.use[0].num_samples
+    )
+    return finish(
+        figure,
+        title=f"Use of the memory by {result.kind}, block {result.layer}",
+        subtitle=f"reads by {readers} of {result.use[0].num_rows:,} rows; {counted(num_reads, 'read')} in "
+        f"{counted(samples, 'sample')}",
+        theme=theme,
+        path="memory",
+        layer=result.layer,
+        path_use=path_use,
+        height=150 + 34 * len(names),
     )
 
 
@@ -149,8 +262,7 @@ def top_tokens(
 
 def _visible(text: str) -> str:
     """A token's text with its white space shown, so that " a" and "a" can be told apart."""
-    shown = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
-    return shown.replace("&", "&amp;").replace("<", "&lt;")
+    return as_text(text).replace(" ", "␣")
 
 
 def memory_map(result: MemoryMap, *, path_use: PathUse | None = None, theme: Theme = "light") -> go.Figure:
@@ -189,4 +301,82 @@ def memory_map(result: MemoryMap, *, path_use: PathUse | None = None, theme: The
         layer=result.layer,
         path_use=path_use,
         height=520,
+    )
+
+
+def dead_addresses(
+    result: DeadAddresses, *, path_use: PathUse | None = None, theme: Theme = "light"
+) -> go.Figure:
+    """Heat map of the share of rows that were never read over the grid of half keys."""
+    figure = go.Figure(
+        go.Heatmap(
+            z=100 * result.map,
+            x0=0,
+            dx=result.cell[1],
+            y0=0,
+            dy=result.cell[0],
+            zmin=0,
+            zmax=100,
+            colorscale=MAGNITUDE,
+            colorbar={"title": {"text": "rows<br>unread<br>(%)", "side": "top"}},
+            hovertemplate="first key %{y}, second key %{x}: %{z:.0f}% of the rows unread<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title_text="second half key (index)", showgrid=False)
+    figure.update_yaxes(title_text="first half key (index)", showgrid=False, autorange="reversed")
+    pooled = "" if result.cell == (1, 1) else f"; one cell is {result.cell[0]} x {result.cell[1]} rows"
+    n1, n2 = result.num_keys
+    return finish(
+        figure,
+        title=f"Rows of the memory that are never read, block {result.layer}",
+        subtitle=f"{len(result.addresses):,} of {n1 * n2:,} ({100 * result.share:.1f}%; as many even reads would leave "
+        f"{100 * result.share_if_uniform:.1f}%); half keys without a read: {len(result.dead_first_keys)} of {n1} "
+        f"first, {len(result.dead_second_keys)} of {n2} second<br>{counted(result.num_reads, 'read')} by "
+        f"{counted(result.num_tokens, 'token')} of {counted(result.num_samples, 'sample')}{pooled}",
+        theme=theme,
+        path="memory",
+        layer=result.layer,
+        path_use=path_use,
+        height=480,
+    )
+
+
+def address_overlap(
+    result: AddressOverlap, *, path_use: PathUse | None = None, theme: Theme = "light"
+) -> go.Figure:
+    """Heat maps of the overlap of the rows that each pair of prompts reads, prompts sorted by fact."""
+    order = np.argsort(np.array(result.facts), kind="stable")
+    names = [f"{result.facts[n]} #{n}" for n in order]
+    values = np.stack([result.jaccard, result.weighted])[:, order][:, :, order]
+    figure, height = heat_map_grid(
+        values,
+        titles=[
+            f"{name}: same fact {same:.2f}, different {different:.2f}, p {p:.3f}"
+            for name, same, different, p in zip(
+                ("Jaccard", "weighted"), result.same, result.different, result.p_value, strict=True
+            )
+        ],
+        x=names,
+        y=names,
+        x_title="prompt",
+        y_title="prompt",
+        colour_title="overlap",
+        colour_range=(0, 1),
+        hover="%{y} and %{x}: %{z:.2f}",
+        cell_height=max(3, min(26, 360 // len(names))),
+    )
+    figure.update_yaxes(autorange="reversed")
+    if len(names) > 24:
+        figure.update_xaxes(showticklabels=False)
+    return finish(
+        figure,
+        title=f"Rows of the memory that prompts share, block {result.layer}",
+        subtitle=f"{counted(result.num_samples, 'sample')} (one prompt each), {counted(result.num_pairs[0], 'pair')} "
+        f"about the same fact, {result.num_pairs[1]:,} about different ones; {counted(result.num_tokens, 'token')}, "
+        f"{float(result.num_rows.mean()):.0f} rows per prompt",
+        theme=theme,
+        path="memory",
+        layer=result.layer,
+        path_use=path_use,
+        height=height,
     )

@@ -23,6 +23,7 @@ from hydra_lab.metrics import (
     ExpertByChunk,
     ExpertByDomain,
     ExpertByPosition,
+    ExpertByTokenClass,
     ExpertLoad,
     PathUse,
     RoutingMap,
@@ -75,14 +76,49 @@ def expert_by_domain(
     result: ExpertByDomain, *, path_use: PathUse | None = None, theme: Theme = "light"
 ) -> go.Figure:
     """Heat maps of each expert's share of each domain's choices, one per block."""
+    return _expert_by_label(
+        result,
+        result.domains,
+        "domain",
+        f"share of each domain's top-k choices; {_range(result.num_samples, 'sample')} and "
+        f"{_range(result.num_chunks, 'chunk')} per domain",
+        path_use,
+        theme,
+    )
+
+
+def expert_by_token_class(
+    result: ExpertByTokenClass, *, path_use: PathUse | None = None, theme: Theme = "light"
+) -> go.Figure:
+    """Heat maps of each expert's share of the choices made for each class of token, one per block."""
+    return _expert_by_label(
+        result,
+        result.classes,
+        "token class",
+        f"share of the top-k choices made for the class's tokens; {counted(result.num_samples, 'sample')}, "
+        f"{_range(result.num_tokens, 'token')} per class<br>a chunk's tokens share their experts",
+        path_use,
+        theme,
+    )
+
+
+def _expert_by_label(
+    result: ExpertByDomain | ExpertByTokenClass,
+    labels: Sequence[str],
+    kind: str,
+    subtitle: str,
+    path_use: PathUse | None,
+    theme: Theme,
+) -> go.Figure:
+    owner = kind.split()[-1]
     figure, height = heat_map_grid(
         100 * result.share,
         titles=block_labels(result.layers, "moe", path_use),
         x=[str(expert) for expert in range(result.share.shape[2])],
-        y=list(result.domains),
+        y=list(labels),
         x_title="expert",
-        y_title="domain",
-        colour_title="% of the<br>domain's<br>choices",
+        y_title=kind,
+        colour_title=f"% of the<br>{owner}'s<br>choices",
         colour_range=(0, 100 * float(np.nanmax(result.share))),
         hover="%{y}: expert %{x} gets %{z:.1f}% of choices<br>log2 of share over mean: %{customdata:.2f}",
         hover_values=result.lift,
@@ -91,9 +127,8 @@ def expert_by_domain(
     _reverse_rows(figure)
     return finish(
         figure,
-        title="Experts by domain",
-        subtitle=f"share of each domain's top-k choices; {_range(result.num_samples, 'sample')} and "
-        f"{_range(result.num_chunks, 'chunk')} per domain",
+        title=f"Experts by {kind}",
+        subtitle=subtitle,
         theme=theme,
         path="moe",
         path_use=path_use,

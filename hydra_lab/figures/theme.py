@@ -184,6 +184,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
+def as_text(text: str) -> str:
+    """Text of the model on one line, and shown as it is: not as markup."""
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace("&", "&amp;").replace("<", "&lt;")
+
+
 def _check(theme: str) -> None:
     if theme not in _TEXT:
         raise ValueError(f"theme {theme!r} is not one of {', '.join(_TEXT)}")

@@ -1,14 +1,18 @@
 """From recorded decisions to results: small frozen dataclasses of numpy arrays, with units and axes in their
 docstrings.
 
-A `...Record` holds what was recorded, for all blocks (routing) or for one block (the rest); each metric is a
-function record -> result, and `hydra_lab.figures` has a figure of the same name for every result.
+A `...Record` holds what was recorded, for all blocks (routing) or for one block (the rest), and `...Counts` what most
+metrics need of it, counted from a record or taken from a capture's running summary. Each metric is a function record
+(or counts) -> result, and `hydra_lab.figures` has a figure of the same name for every result.
 """
 
 from hydra_lab.metrics.attention import SelectionRecord as SelectionRecord
 from hydra_lab.metrics.attention import SelectionUse as SelectionUse
 from hydra_lab.metrics.attention import num_candidates as num_candidates
 from hydra_lab.metrics.attention import selection_use as selection_use
+from hydra_lab.metrics.contexts import ContextKind as ContextKind
+from hydra_lab.metrics.contexts import TopContexts as TopContexts
+from hydra_lab.metrics.contexts import top_contexts as top_contexts
 from hydra_lab.metrics.information import InformationTest as InformationTest
 from hydra_lab.metrics.information import benjamini_hochberg as benjamini_hochberg
 from hydra_lab.metrics.information import group_preference_p_values as group_preference_p_values
@@ -19,30 +23,47 @@ from hydra_lab.metrics.information import label_preference_p_values as label_pre
 from hydra_lab.metrics.information import mean_interval as mean_interval
 from hydra_lab.metrics.information import mutual_information as mutual_information
 from hydra_lab.metrics.memory import BetaByDomain as BetaByDomain
-from hydra_lab.metrics.memory import LookupRecord as LookupRecord
+from hydra_lab.metrics.memory import DeadAddresses as DeadAddresses
 from hydra_lab.metrics.memory import MemoryMap as MemoryMap
 from hydra_lab.metrics.memory import MemoryUse as MemoryUse
+from hydra_lab.metrics.memory import MemoryUseByGroup as MemoryUseByGroup
 from hydra_lab.metrics.memory import TopTokens as TopTokens
 from hydra_lab.metrics.memory import beta_by_domain as beta_by_domain
+from hydra_lab.metrics.memory import dead_addresses as dead_addresses
 from hydra_lab.metrics.memory import gini as gini
 from hydra_lab.metrics.memory import memory_map as memory_map
 from hydra_lab.metrics.memory import memory_use as memory_use
+from hydra_lab.metrics.memory import memory_use_by_domain as memory_use_by_domain
+from hydra_lab.metrics.memory import memory_use_by_head as memory_use_by_head
 from hydra_lab.metrics.memory import top_tokens as top_tokens
+from hydra_lab.metrics.memory_counts import LookupCounts as LookupCounts
+from hydra_lab.metrics.memory_counts import LookupRecord as LookupRecord
+from hydra_lab.metrics.overlap import AddressOverlap as AddressOverlap
+from hydra_lab.metrics.overlap import address_overlap as address_overlap
 from hydra_lab.metrics.records import CaptureLike as CaptureLike
+from hydra_lab.metrics.records import SummarizedCapture as SummarizedCapture
 from hydra_lab.metrics.records import captured_path_use as captured_path_use
 from hydra_lab.metrics.records import layers_of as layers_of
 from hydra_lab.metrics.records import lookup_record as lookup_record
 from hydra_lab.metrics.records import routing_record as routing_record
 from hydra_lab.metrics.records import selection_record as selection_record
 from hydra_lab.metrics.records import state_record as state_record
+from hydra_lab.metrics.records import summarized_lookups as summarized_lookups
+from hydra_lab.metrics.records import summarized_path_use as summarized_path_use
+from hydra_lab.metrics.records import summarized_routing as summarized_routing
 from hydra_lab.metrics.records import workspace_record as workspace_record
+from hydra_lab.metrics.router import ExpertSparsity as ExpertSparsity
+from hydra_lab.metrics.router import RouterSaturation as RouterSaturation
+from hydra_lab.metrics.router import RoutingMargin as RoutingMargin
+from hydra_lab.metrics.router import expert_sparsity as expert_sparsity
+from hydra_lab.metrics.router import router_saturation as router_saturation
+from hydra_lab.metrics.router import routing_margin as routing_margin
 from hydra_lab.metrics.routing import CoActivation as CoActivation
 from hydra_lab.metrics.routing import ExpertByChunk as ExpertByChunk
 from hydra_lab.metrics.routing import ExpertByDomain as ExpertByDomain
 from hydra_lab.metrics.routing import ExpertByPosition as ExpertByPosition
 from hydra_lab.metrics.routing import ExpertLoad as ExpertLoad
 from hydra_lab.metrics.routing import RoutingMap as RoutingMap
-from hydra_lab.metrics.routing import RoutingRecord as RoutingRecord
 from hydra_lab.metrics.routing import SwitchRate as SwitchRate
 from hydra_lab.metrics.routing import co_activation as co_activation
 from hydra_lab.metrics.routing import expert_by_chunk as expert_by_chunk
@@ -51,6 +72,14 @@ from hydra_lab.metrics.routing import expert_by_position as expert_by_position
 from hydra_lab.metrics.routing import expert_load as expert_load
 from hydra_lab.metrics.routing import routing_map as routing_map
 from hydra_lab.metrics.routing import switch_rate as switch_rate
+from hydra_lab.metrics.routing_counts import RoutingCounts as RoutingCounts
+from hydra_lab.metrics.routing_counts import RoutingRecord as RoutingRecord
+from hydra_lab.metrics.specialists import TOKEN_CLASSES as TOKEN_CLASSES
+from hydra_lab.metrics.specialists import ExpertByTokenClass as ExpertByTokenClass
+from hydra_lab.metrics.specialists import Specialization as Specialization
+from hydra_lab.metrics.specialists import expert_by_token_class as expert_by_token_class
+from hydra_lab.metrics.specialists import specialization as specialization
+from hydra_lab.metrics.specialists import token_classes as token_classes
 from hydra_lab.metrics.ssm import HalfLife as HalfLife
 from hydra_lab.metrics.ssm import StateNorms as StateNorms
 from hydra_lab.metrics.ssm import StateRecord as StateRecord

@@ -14,6 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hydra_lab.summaries import NO_SAMPLE
+from hydra_lab.summaries import bin_edges as bin_edges
+from hydra_lab.summaries.arrays import valid_mask as valid_mask
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -30,30 +34,56 @@ def domain_codes(labels: Sequence[str]) -> tuple[tuple[str, ...], IntArray]:
     return names, np.array([index[label] for label in labels], dtype=np.int64)
 
 
-def valid_mask(length: IntArray, size: int) -> BoolArray:
-    """[N, size] mask that is True for the first `length[n]` entries of row n."""
-    return np.arange(size) < length[:, None]
+def domain_order(first_sample_Z: IntArray) -> IntArray:
+    """Indices of a summary's domains that occur, in order of first appearance (as `domain_codes` has them)."""
+    order = np.argsort(first_sample_Z, kind="stable")
+    return order[first_sample_Z[order] != NO_SAMPLE]
 
 
-def ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
+def ratio(numerator: FloatArray, denominator: FloatArray | float) -> FloatArray:
     """Elementwise quotient, NaN where the denominator is zero (nothing was observed there)."""
-    numerator, denominator = np.broadcast_arrays(numerator, denominator)
-    out = np.full(numerator.shape, np.nan)
-    np.divide(numerator, denominator, out=out, where=denominator != 0)
+    over, under = np.broadcast_arrays(numerator, denominator)
+    out = np.full(over.shape, np.nan)
+    np.divide(over, under, out=out, where=under != 0)
     return out
 
 
-def weighted_counts(index: AnyIntArray, weight: AnyFloatArray, size: int) -> FloatArray:
+def weighted_counts(index: AnyIntArray, weight: AnyFloatArray | IntArray, size: int) -> FloatArray:
     """[size] fp64 sum of the weights of each index; both of any one shape."""
     return np.asarray(np.bincount(index.ravel(), weights=weight.ravel(), minlength=size), dtype=np.float64)
 
 
-def bin_edges(size: int, num_bins: int) -> IntArray:
-    """Edges [V+1] of at most `num_bins` bins of nearly equal whole width over range(size)."""
-    if size < 1 or num_bins < 1:
-        raise ValueError(f"size and num_bins must be at least 1, got {size} and {num_bins}")
-    num_bins = min(num_bins, size)
-    return np.round(np.linspace(0, size, num_bins + 1)).astype(np.int64)
+def rebinned(values: NDArray[Any], have: IntArray, want: IntArray, axis: int) -> NDArray[Any]:
+    """Sums over bins between the edges `have` [V+1], added up to the coarser bins between the edges `want`.
+
+    Raises:
+        ValueError: a wanted edge is not among those at hand.
+    """
+    if not np.isin(want, have).all():
+        raise ValueError(
+            f"the counts are in {len(have) - 1} bins and cannot be given in {len(want) - 1}: "
+            "ask for half as many bins, or a quarter, ..."
+        )
+    return np.add.reduceat(values, np.searchsorted(have, want[:-1]), axis=axis)
+
+
+def histogram_quantiles(counts: IntArray, values: FloatArray, quantiles: Sequence[float]) -> FloatArray:
+    """[..., Q] quantiles of numbers of which `counts` [..., V] equal `values` [V] (ascending), interpolated linearly
+    between neighbours in rank as `numpy.quantile` does; NaN where nothing was counted."""
+    total = counts.sum(axis=-1)
+    reached = np.cumsum(counts, axis=-1)
+    out = np.full((*total.shape, len(quantiles)), np.nan)
+    for place in np.ndindex(total.shape):
+        if total[place] == 0:
+            continue
+        rank = np.asarray(quantiles) * (total[place] - 1)
+        low = np.floor(rank).astype(np.int64)
+        below, above = (
+            values[np.searchsorted(reached[place], each, side="right")]
+            for each in (low, np.minimum(low + 1, total[place] - 1))
+        )
+        out[place] = below + (rank - low) * (above - below)
+    return out
 
 
 def check_shape(name: str, array: NDArray[np.generic], expected: tuple[int | None, ...]) -> None:

@@ -12,13 +12,16 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from hydra_lab.metrics.arrays import IntArray
+from hydra_lab.metrics.arrays import IntArray, ratio
 from hydra_lab.metrics.attention import SelectionRecord
-from hydra_lab.metrics.memory import LookupRecord
-from hydra_lab.metrics.routing import RoutingRecord
+from hydra_lab.metrics.memory_counts import LookupCounts, LookupRecord
+from hydra_lab.metrics.routing_counts import RoutingCounts, RoutingRecord
 from hydra_lab.metrics.ssm import StateRecord
 from hydra_lab.metrics.workspace import WorkspaceRecord
 from hydra_lab.path_use import PathUse
+from hydra_lab.summaries import Summary
+from hydra_lab.summaries.paths import token_sums
+from hydra_lab.taps import PATHS
 
 Rows = slice | Sequence[int] | NDArray[np.integer[Any]]
 """Which samples to read."""
@@ -44,17 +47,40 @@ class CaptureLike(Protocol):
         ...
 
 
+class SummarizedCapture(Protocol):
+    """What the functions below need of a capture with a running summary."""
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """With `config`, the model's configuration as a dict, and `domains`, the labels of the summary's domains."""
+        ...
+
+    @property
+    def summary(self) -> Summary:
+        """The running summary (see `hydra_lab.summaries`)."""
+        ...
+
+
 def layers_of(capture: CaptureLike, group: str) -> tuple[int, ...]:
     """The blocks that a group was captured in."""
     return tuple(int(layer) for layer in capture[group]["layer"].to_numpy())
 
 
-def routing_record(capture: CaptureLike, *, samples: Rows = ALL, weights: bool = True) -> RoutingRecord:
+def routing_record(
+    capture: CaptureLike,
+    *,
+    samples: Rows = ALL,
+    weights: bool = True,
+    logits: bool = False,
+    tokens: bool = False,
+) -> RoutingRecord:
     """Routing of all blocks with experts.
 
     Args:
         samples: which samples; all unless given.
         weights: whether to read the token weights too (they are larger by far than the choices).
+        logits: whether to read the router's logits too (`routing_margin` needs them).
+        tokens: whether to read the token ids too (`expert_by_token_class` needs them).
     """
     group = capture["routing"].isel(sample=samples)
     return RoutingRecord(
@@ -65,6 +91,35 @@ def routing_record(capture: CaptureLike, *, samples: Rows = ALL, weights: bool =
         length=_length(capture, samples),
         domains=_domains(capture, samples),
         weights=_array(group, "weights", "layer", "sample", "position", "rank") if weights else None,
+        logits=_array(group, "logits", "layer", "sample", "chunk", "expert") if logits else None,
+        tokens=_array(capture["tokens"].isel(sample=samples), "token", "sample", "position")
+        if tokens
+        else None,
+    )
+
+
+def summarized_routing(capture: SummarizedCapture) -> RoutingCounts:
+    """Routing of the whole capture, from its summary; the metrics take it in place of a record.
+
+    Raises:
+        ValueError: the summary holds no routing.
+    """
+    attributes = capture.attributes
+    return RoutingCounts.from_summary(
+        capture.summary, config=attributes["config"], domains=attributes["domains"]
+    )
+
+
+def summarized_lookups(capture: SummarizedCapture, layer: int) -> LookupCounts:
+    """Memory lookups of block `layer` in the whole capture, from its summary; the metrics take it in place of a
+    record.
+
+    Raises:
+        ValueError: the summary holds no memory, or the block has none.
+    """
+    attributes = capture.attributes
+    return LookupCounts.from_summary(
+        capture.summary, layer, config=attributes["config"], domains=attributes["domains"]
     )
 
 
@@ -127,23 +182,35 @@ def captured_path_use(capture: CaptureLike, *, samples: Rows = ALL) -> PathUse:
     """Share and cosine of every path over the captured tokens; a capture does not know what cutting a path
     costs."""
     group = capture["paths"].isel(sample=samples)
+    fields = {name: _array(group, name, "sample", "layer", "path") for name in ("share", "cosine")}
     paths = tuple(str(path) for path in group["path"].to_numpy())
-    weight_N = _length(capture, samples).astype(np.float64)
-    means: list[NDArray[np.float64]] = []
-    for name in ("share", "cosine"):
-        values = _array(group, name, "sample", "layer", "path").astype(np.float64)
-        known = ~np.isnan(values)
-        weight = known * weight_N[:, None, None]
-        total = weight.sum(axis=0)
-        mean = np.full(total.shape, np.nan)
-        np.divide((np.where(known, values, 0.0) * weight).sum(axis=0), total, out=mean, where=total > 0)
-        means.append(mean)
-    share, cosine = means
-    present = ~np.isnan(share).all(axis=0)
-    kept = np.flatnonzero(present)
+    return _path_use(
+        layers_of(capture, "paths"),
+        paths,
+        token_sums(fields["share"], fields["cosine"], _length(capture, samples)),
+    )
+
+
+def summarized_path_use(capture: SummarizedCapture) -> PathUse:
+    """`captured_path_use` of the whole capture, from its summary.
+
+    Raises:
+        ValueError: the summary holds no paths.
+    """
+    if "paths" not in capture.summary:
+        raise ValueError(f"the summary has no paths; it has {', '.join(capture.summary)}")
+    layers = tuple(range(int(capture.attributes["config"]["num_hidden_layers"])))
+    return _path_use(layers, PATHS, capture.summary["paths"])
+
+
+def _path_use(layers: tuple[int, ...], paths: Sequence[str], sums: dict[str, NDArray[Any]]) -> PathUse:
+    share, cosine = (
+        ratio(sums[f"{name}_sum"], sums[f"{name}_tokens"].astype(np.float64)) for name in ("share", "cosine")
+    )
+    kept: list[int] = np.flatnonzero(~np.isnan(share).all(axis=0)).tolist()
     none = np.zeros((len(kept), 0))
     return PathUse(
-        layers=layers_of(capture, "paths"),
+        layers=layers,
         paths=tuple(paths[p] for p in kept),
         share=share[:, kept],
         cosine=cosine[:, kept],

@@ -2,7 +2,7 @@
 
 See `hydra_lab.metrics.arrays` for the shape suffixes. Routing is decided once per chunk, so the unit of
 counting is the chunk; chunks of one sample are not independent, so `num_samples` is the sample size to reason
-with.
+with. All but `routing_map` read counts alone, so they take a record or counts (`hydra_lab.metrics.routing_counts`).
 """
 
 from dataclasses import dataclass
@@ -10,78 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_lab.metrics.arrays import (
-    AnyFloatArray,
-    BoolArray,
-    FloatArray,
-    IntArray,
-    bin_edges,
-    check_shape,
-    domain_codes,
-    ratio,
-    valid_mask,
-    weighted_counts,
-)
-
-
-@dataclass(frozen=True, eq=False)
-class RoutingRecord:
-    """Recorded routing of some samples: what the metrics below read.
-
-    Attributes:
-        layers: [Y] indices of the blocks.
-        experts: [Y, N, C, K] chosen experts of each chunk, best first; entries of chunks past a sample's end
-            are ignored.
-        num_experts: E.
-        chunk_size: tokens per chunk.
-        length: [N] tokens of each sample.
-        domains: [N] domain label of each sample.
-        weights: [Y, N, L, K] weight of each chosen expert at each token, or None where it was not recorded.
-    """
-
-    layers: tuple[int, ...]
-    experts: IntArray
-    num_experts: int
-    chunk_size: int
-    length: IntArray
-    domains: tuple[str, ...]
-    weights: AnyFloatArray | None = None
-
-    def __post_init__(self) -> None:
-        num_samples = len(self.length)
-        check_shape("experts", self.experts, (len(self.layers), num_samples, None, None))
-        num_layers, _, num_chunks, num_choices = self.experts.shape
-        if len(self.domains) != num_samples:
-            raise ValueError(f"domains has {len(self.domains)} labels for {num_samples} samples")
-        if self.weights is not None:
-            check_shape("weights", self.weights, (num_layers, num_samples, None, num_choices))
-        if num_samples and int(self.chunks.max()) > num_chunks:
-            raise ValueError(
-                f"experts has {num_chunks} chunks, the longest sample has {int(self.chunks.max())}"
-            )
-        chosen = self.experts[:, self.chunk_mask]
-        if chosen.size and (chosen.min() < 0 or chosen.max() >= self.num_experts):
-            raise ValueError(
-                f"experts holds {chosen.min()}..{chosen.max()}, expected 0..{self.num_experts - 1}"
-            )
-
-    @property
-    def chunks(self) -> IntArray:
-        """[N] chunks of each sample, the last perhaps partial."""
-        return -(-self.length // self.chunk_size)
-
-    @property
-    def chunk_mask(self) -> BoolArray:
-        """[N, C] True where the chunk holds tokens of the sample."""
-        return valid_mask(self.chunks, self.experts.shape[2])
-
-    @property
-    def chosen(self) -> BoolArray:
-        """[Y, N, C, E] whether the expert is among the chunk's top-k; False past a sample's end."""
-        chosen = np.zeros((*self.experts.shape[:3], self.num_experts), dtype=bool)
-        inside = np.clip(self.experts, 0, self.num_experts - 1)
-        np.put_along_axis(chosen, inside, True, axis=-1)
-        return chosen & self.chunk_mask[None, :, :, None]
+from hydra_lab.metrics.arrays import BoolArray, FloatArray, IntArray, bin_edges, ratio, rebinned
+from hydra_lab.metrics.routing_counts import Routing, RoutingRecord, counts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,23 +40,21 @@ class ExpertLoad:
     num_samples: int
 
 
-def expert_load(record: RoutingRecord) -> ExpertLoad:
+def expert_load(routing: Routing) -> ExpertLoad:
     """Load of each expert, with the dead ones; see `ExpertLoad`."""
-    counts_YE = record.chosen.sum(axis=(1, 2)).astype(np.float64)
-    first_YNC = record.experts[..., 0]
-    first_YE = np.stack(
-        [np.bincount(layer[record.chunk_mask], minlength=record.num_experts) for layer in first_YNC]
-    ).astype(np.float64)
-    share_YE = ratio(counts_YE, counts_YE.sum(axis=-1, keepdims=True))
+    counts = counts_of(routing)
+    chosen_YE = counts.chosen.sum(axis=1).astype(np.float64)
+    first_YE = counts.first.sum(axis=1).astype(np.float64)
+    share_YE = ratio(chosen_YE, chosen_YE.sum(axis=-1, keepdims=True))
     return ExpertLoad(
-        layers=record.layers,
+        layers=counts.layers,
         share=share_YE,
         first_share=ratio(first_YE, first_YE.sum(axis=-1, keepdims=True)),
-        dead=counts_YE == 0,
-        imbalance=ratio(counts_YE.max(axis=-1), counts_YE.mean(axis=-1)),
+        dead=chosen_YE == 0,
+        imbalance=ratio(chosen_YE.max(axis=-1), chosen_YE.mean(axis=-1)),
         entropy=_relative_entropy(share_YE),
-        num_chunks=int(record.chunk_mask.sum()),
-        num_samples=len(record.length),
+        num_chunks=int(counts.num_chunks.sum()),
+        num_samples=int(counts.num_samples.sum()),
     )
 
 
@@ -161,24 +89,20 @@ class ExpertByDomain:
     num_samples: IntArray
 
 
-def expert_by_domain(record: RoutingRecord) -> ExpertByDomain:
+def expert_by_domain(routing: Routing) -> ExpertByDomain:
     """Share of each expert in each domain's choices; see `ExpertByDomain`."""
-    names, codes = domain_codes(record.domains)
-    per_sample_YNE = record.chosen.sum(axis=2).astype(np.float64)
-    member_ZN = (codes == np.arange(len(names))[:, None]).astype(np.float64)
-    counts_YZE = np.einsum("zn,yne->yze", member_ZN, per_sample_YNE)
-    share = ratio(counts_YZE, counts_YZE.sum(axis=-1, keepdims=True))
+    counts = counts_of(routing)
+    chosen_YZE = counts.chosen.astype(np.float64)
+    share = ratio(chosen_YZE, chosen_YZE.sum(axis=-1, keepdims=True))
     with np.errstate(divide="ignore", invalid="ignore"):
         lift = np.log2(share / share.mean(axis=1, keepdims=True))
     return ExpertByDomain(
-        layers=record.layers,
-        domains=names,
+        layers=counts.layers,
+        domains=counts.domains,
         share=share,
         lift=lift,
-        num_chunks=np.array(
-            [int(record.chunks[codes == z].sum()) for z in range(len(names))], dtype=np.int64
-        ),
-        num_samples=member_ZN.sum(axis=1).astype(np.int64),
+        num_chunks=counts.num_chunks,
+        num_samples=counts.num_samples,
     )
 
 
@@ -200,14 +124,15 @@ class ExpertByChunk:
     num_samples: IntArray
 
 
-def expert_by_chunk(record: RoutingRecord) -> ExpertByChunk:
+def expert_by_chunk(routing: Routing) -> ExpertByChunk:
     """Share of each expert by the index of the chunk in its sample; see `ExpertByChunk`."""
-    counts_YCE = record.chosen.sum(axis=1).astype(np.float64)
+    counts = counts_of(routing)
+    by_chunk_YCE = counts.by_chunk.astype(np.float64)
     return ExpertByChunk(
-        layers=record.layers,
-        chunk_size=record.chunk_size,
-        share=ratio(counts_YCE, counts_YCE.sum(axis=-1, keepdims=True)),
-        num_samples=record.chunk_mask.sum(axis=0).astype(np.int64),
+        layers=counts.layers,
+        chunk_size=counts.chunk_size,
+        share=ratio(by_chunk_YCE, by_chunk_YCE.sum(axis=-1, keepdims=True)),
+        num_samples=counts.samples_with_chunk,
     )
 
 
@@ -229,32 +154,23 @@ class ExpertByPosition:
     num_tokens: IntArray
 
 
-def expert_by_position(record: RoutingRecord, num_bins: int = 64) -> ExpertByPosition:
+def expert_by_position(routing: Routing, num_bins: int = 64) -> ExpertByPosition:
     """Mean weight of each expert by position, in `num_bins` bins.
 
     Raises:
-        ValueError: the record carries no token weights.
+        ValueError: the routing carries no token weights, or was counted in bins that those asked for would cut.
     """
-    if record.weights is None:
+    counts = counts_of(routing)
+    if counts.weight_by_position is None or counts.edges is None:
         raise ValueError("expert_by_position needs the token weights of the routing; this record has none")
-    num_layers, _, num_positions, _ = record.weights.shape
-    edges = bin_edges(num_positions, num_bins)
-    num_bins = len(edges) - 1
-    position_L = np.arange(num_positions, dtype=np.int64)
-    chunk_L = position_L // record.chunk_size
-    valid_NL = valid_mask(record.length, num_positions)
-    bin_NL = np.broadcast_to(np.searchsorted(edges, position_L, side="right") - 1, valid_NL.shape)
-    num_tokens = np.bincount(bin_NL[valid_NL], minlength=num_bins)
-    weight = np.zeros((num_layers, num_bins, record.num_experts))
-    for y in range(num_layers):
-        cell_MK = bin_NL[valid_NL][:, None] * record.num_experts + record.experts[y][:, chunk_L][valid_NL]
-        mass = weighted_counts(cell_MK, record.weights[y][valid_NL], num_bins * record.num_experts)
-        weight[y] = mass.reshape(num_bins, record.num_experts)
+    edges = bin_edges(int(counts.edges[-1]), num_bins)
+    num_tokens_V = np.add.reduceat(counts.samples_with_position[: edges[-1]], edges[:-1])
+    weight_YVE = rebinned(counts.weight_by_position, counts.edges, edges, axis=1)
     return ExpertByPosition(
-        layers=record.layers,
+        layers=counts.layers,
         edges=edges,
-        weight=ratio(weight, num_tokens[None, :, None].astype(np.float64)),
-        num_tokens=num_tokens.astype(np.int64),
+        weight=ratio(weight_YVE, num_tokens_V[None, :, None].astype(np.float64)),
+        num_tokens=num_tokens_V,
     )
 
 
@@ -280,22 +196,22 @@ class CoActivation:
     num_samples: int
 
 
-def co_activation(record: RoutingRecord) -> CoActivation:
+def co_activation(routing: Routing) -> CoActivation:
     """Joint use of experts over all pairs of the top-k; see `CoActivation`."""
-    num_chunks = int(record.chunk_mask.sum())
-    chosen_YME = record.chosen[:, record.chunk_mask].astype(np.float64)
-    probability = np.einsum("yme,ymf->yef", chosen_YME, chosen_YME) / max(num_chunks, 1)
-    diagonal = np.eye(record.num_experts, dtype=bool)
+    counts = counts_of(routing)
+    num_chunks = int(counts.num_chunks.sum())
+    probability = counts.pairs / max(num_chunks, 1)
+    diagonal = np.eye(counts.num_experts, dtype=bool)
     load_YE = np.diagonal(probability, axis1=1, axis2=2)
     pairs = np.where(diagonal, 0.0, probability)
     expected = np.where(diagonal, 0.0, load_YE[:, :, None] * load_YE[:, None, :])
     scale = ratio(pairs.sum(axis=(1, 2)), expected.sum(axis=(1, 2)))
     return CoActivation(
-        layers=record.layers,
+        layers=counts.layers,
         probability=probability,
         lift=ratio(pairs, np.where(diagonal, 0.0, expected * scale[:, None, None])),
         num_chunks=num_chunks,
-        num_samples=len(record.length),
+        num_samples=int(counts.num_samples.sum()),
     )
 
 
@@ -325,29 +241,21 @@ class SwitchRate:
     num_samples: IntArray
 
 
-def switch_rate(record: RoutingRecord) -> SwitchRate:
+def switch_rate(routing: Routing) -> SwitchRate:
     """Rate of change of the routing along the text; see `SwitchRate`."""
-    names, codes = domain_codes(record.domains)
-    mask_NC = record.chunk_mask
-    pair_NC = mask_NC[:, 1:]
-    first_YNC = record.experts[..., 0]
-    differs_YNC = (first_YNC[:, :, 1:] != first_YNC[:, :, :-1]) & pair_NC
-    chosen = record.chosen
-    kept_YNC = (chosen[:, :, 1:] & chosen[:, :, :-1]).sum(axis=-1)
-    replaced_YNC = (1.0 - kept_YNC / record.experts.shape[-1]) * pair_NC
-    num_pairs_Z = np.array([pair_NC[codes == z].sum() for z in range(len(names))], dtype=np.int64)
-    differs_YZ = np.stack([differs_YNC[:, codes == z].sum(axis=(1, 2)) for z in range(len(names))], axis=1)
-    total = np.float64(num_pairs_Z.sum())
-    load = expert_load(record).first_share
+    counts = counts_of(routing)
+    switched_YZ = counts.switched.astype(np.float64)
+    num_pairs_Z = counts.num_pairs.astype(np.float64)
+    total = num_pairs_Z.sum()
     return SwitchRate(
-        layers=record.layers,
-        domains=names,
-        first=ratio(differs_YZ.sum(axis=1).astype(np.float64), np.array(total)),
-        replaced=ratio(replaced_YNC.sum(axis=(1, 2)), np.array(total)),
-        first_if_independent=1.0 - (load**2).sum(axis=-1),
-        first_by_domain=ratio(differs_YZ.astype(np.float64), num_pairs_Z.astype(np.float64)),
-        num_pairs=num_pairs_Z,
-        num_samples=np.array([(codes == z).sum() for z in range(len(names))], dtype=np.int64),
+        layers=counts.layers,
+        domains=counts.domains,
+        first=ratio(switched_YZ.sum(axis=1), total),
+        replaced=1.0 - ratio(counts.kept.sum(axis=1).astype(np.float64), counts.top_k * total),
+        first_if_independent=1.0 - (expert_load(counts).first_share ** 2).sum(axis=-1),
+        first_by_domain=ratio(switched_YZ, num_pairs_Z),
+        num_pairs=counts.num_pairs,
+        num_samples=counts.num_samples,
     )
 
 

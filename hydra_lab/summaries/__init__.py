@@ -38,7 +38,7 @@ from hydra_lab.summaries import attention, memory, paths, routing, ssm, tokens, 
 from hydra_lab.summaries.arrays import NUM_CONTEXTS as NUM_CONTEXTS
 from hydra_lab.summaries.arrays import POSITION_BINS as POSITION_BINS
 from hydra_lab.summaries.arrays import SHARE_STEPS as SHARE_STEPS
-from hydra_lab.summaries.arrays import Batch
+from hydra_lab.summaries.arrays import Batch, Samples
 from hydra_lab.summaries.arrays import bin_edges as bin_edges
 from hydra_lab.summaries.arrays import position_edges as position_edges
 from hydra_lab.summaries.attention import distance_edges as distance_edges
@@ -92,10 +92,12 @@ def summarize(
     batch = Batch(
         rows=rows,
         config=config,
-        num_domains=len(domains),
-        first_sample=first_sample,
-        length=rows["tokens", "length"].astype(np.int64),
-        domain=rows["tokens", "domain"].astype(np.int64),
+        samples=Samples(
+            length=rows["tokens", "length"].astype(np.int64),
+            domain=rows["tokens", "domain"].astype(np.int64),
+            num_domains=len(domains),
+            first=first_sample,
+        ),
     )
     held = {group for group, _ in rows}
     return {group: make(batch) for group, (_, make) in _GROUPS.items() if group in held}

@@ -31,25 +31,36 @@ NUM_CONTEXTS = 8
 """Contexts kept of each expert and slot."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Which samples are summarized.
+
+    Attributes:
+        length: [N] tokens of each sample.
+        domain: [N] domain of each sample, 0..Z-1.
+        num_domains: Z.
+        first: index in the capture of the first one.
+    """
+
+    length: IntArray
+    domain: IntArray
+    num_domains: int
+    first: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The rows of one commit.
 
     Attributes:
         rows: (group, name) -> array [N, ...], as `hydra_lab.capture.layout` lists them.
         config: the model's configuration as a dict.
-        num_domains: Z.
-        first_sample: index in the capture of the first row.
-        length: [N] tokens of each sample.
-        domain: [N] domain of each sample, 0..Z-1.
+        samples: whose rows they are.
     """
 
     rows: Mapping[tuple[str, str], NDArray[Any]]
     config: Mapping[str, Any]
-    num_domains: int
-    first_sample: int
-    length: IntArray
-    domain: IntArray
+    samples: Samples
 
     def __getitem__(self, key: tuple[str, str]) -> NDArray[Any]:
         return self.rows[key]
@@ -78,11 +89,11 @@ def position_edges(size: int) -> IntArray:
     return bin_edges(size, POSITION_BINS)
 
 
-def sum_by_domain(values_N: NDArray[Any], domain_N: IntArray, num_domains: int) -> NDArray[Any]:
+def sum_by_domain(values_N: NDArray[Any], samples: Samples) -> NDArray[Any]:
     """[Z, ...] sums of `values_N` [N, ...] (integers as int64, floats as float64) over each domain's samples."""
     dtype = np.float64 if values_N.dtype.kind == "f" else np.int64
-    total = np.zeros((num_domains, *values_N.shape[1:]), dtype=dtype)
-    np.add.at(total, domain_N, values_N.astype(dtype))
+    total = np.zeros((samples.num_domains, *values_N.shape[1:]), dtype=dtype)
+    np.add.at(total, samples.domain, values_N.astype(dtype))
     return total
 
 

@@ -40,7 +40,7 @@ def summarize(batch: Batch) -> Arrays:
     block_size = batch.config["attention_block_size"]
     edges = distance_edges(num_positions, block_size)
     num_bins = len(edges) - 1
-    valid_NL = valid_mask(batch.length, num_positions)
+    valid_NL = valid_mask(batch.samples.length, num_positions)
     sample, query = np.nonzero(valid_NL)
     counts = np.zeros((num_layers, num_heads, num_bins), dtype=np.int64)
     sums = np.zeros((num_layers, num_heads), dtype=np.int64)
@@ -57,10 +57,10 @@ def summarize(batch: Batch) -> Arrays:
 def summarize_mass(batch: Batch) -> Arrays:
     """The arrays of `MASS_FIELDS`."""
     mass_NYLHX = batch["mass", "mass"]
-    valid_NL = valid_mask(batch.length, mass_NYLHX.shape[2])
+    valid_NL = valid_mask(batch.samples.length, mass_NYLHX.shape[2])
     mass_NYLHX = np.where(valid_NL[:, None, :, None, None], mass_NYLHX, 0.0).astype(np.float64)
     edges = position_edges(mass_NYLHX.shape[2])
-    by_domain = sum_by_domain(mass_NYLHX.sum(axis=2), batch.domain, batch.num_domains)
+    by_domain = sum_by_domain(mass_NYLHX.sum(axis=2), batch.samples)
     return {
         "mass_by_position": np.add.reduceat(mass_NYLHX.sum(axis=0), edges[:-1], axis=1),
         "mass_by_domain": by_domain.swapaxes(0, 1),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hydra_lab.summaries.arrays import (
     SHARE_STEPS,
     Batch,
-    IntArray,
+    Samples,
     count,
     no_contexts,
     share_steps,
@@ -49,48 +49,32 @@ def summarize(batch: Batch) -> Arrays:
     """The arrays of `FIELDS`."""
     addresses = batch["memory", "addresses"]
     num_rows = int(np.prod(batch.config["memory_num_keys"]))
+    weights, gate = batch["memory", "weights"], batch["memory", "gate"]
     blocks = [
-        count_reads(
-            addresses[:, y],
-            batch["memory", "weights"][:, y],
-            length_N=batch.length,
-            domain_N=batch.domain,
-            num_domains=batch.num_domains,
-            num_rows=num_rows,
-        )
-        | count_gates(
-            batch["memory", "gate"][:, y],
-            length_N=batch.length,
-            domain_N=batch.domain,
-            num_domains=batch.num_domains,
-        )
-        | _contexts(addresses[:, y], batch["memory", "weights"][:, y], batch, num_rows)
+        count_reads(addresses[:, y], weights[:, y], batch.samples, num_rows)
+        | count_gates(gate[:, y], batch.samples)
+        | _contexts(addresses[:, y], weights[:, y], batch.samples, num_rows)
         for y in range(addresses.shape[1])
     ]
     return {name: np.stack([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def count_reads(
-    addresses_NLHK: NDArray[Any],
-    weights_NLHK: NDArray[Any],
-    *,
-    length_N: IntArray,
-    domain_N: IntArray,
-    num_domains: int,
-    num_rows: int,
+    addresses_NLHK: NDArray[Any], weights_NLHK: NDArray[Any], samples: Samples, num_rows: int
 ) -> Arrays:
     """`weight` and `reads` of one block: whole, by domain and by head (without the axis `layer`)."""
     num_positions, num_heads = addresses_NLHK.shape[1:3]
-    shapes = {"": (1, num_rows), "_by_domain": (num_domains, num_rows), "_by_head": (num_heads, num_rows)}
+    groups = {"": 1, "_by_domain": samples.num_domains, "_by_head": num_heads}
+    shapes = {by: (size, num_rows) for by, size in groups.items()}
     kept = {by: shape for by, shape in shapes.items() if by == "" or shape[0] * num_rows <= MOST_ROW_CELLS}
     weight = {by: np.zeros(shape) for by, shape in kept.items()}
     reads = {by: np.zeros(shape, dtype=np.int64) for by, shape in kept.items()}
-    mask_NL = valid_mask(length_N, num_positions)
-    for rows in _slices(len(length_N), num_positions):  # counting widens its input: not all at once
+    mask_NL = valid_mask(samples.length, num_positions)
+    for rows in _slices(len(samples.length), num_positions):  # counting widens its input: not all at once
         mask = mask_NL[rows]
         address_MHK = addresses_NLHK[rows][mask].astype(np.int64)
         weight_MHK = weights_NLHK[rows][mask].astype(np.float64)
-        domain_M = np.broadcast_to(domain_N[rows][:, None], mask.shape)[mask]
+        domain_M = np.broadcast_to(samples.domain[rows][:, None], mask.shape)[mask]
         part = {
             "": np.zeros((1, 1, 1), dtype=np.int64),
             "_by_domain": domain_M[:, None, None],
@@ -105,27 +89,27 @@ def count_reads(
     return arrays | {"weight": weight[""][0], "reads": reads[""][0]}
 
 
-def count_gates(gate_NL: NDArray[Any], *, length_N: IntArray, domain_N: IntArray, num_domains: int) -> Arrays:
+def count_gates(gate_NL: NDArray[Any], samples: Samples) -> Arrays:
     """`gate_sum`, `gate_square` and `gate_histogram` of one block (without the axis `layer`)."""
-    mask_NL = valid_mask(length_N, gate_NL.shape[1])
+    mask_NL = valid_mask(samples.length, gate_NL.shape[1])
     gate_NL = np.where(mask_NL, gate_NL, 0.0).astype(np.float64)
-    mean_N = gate_NL.sum(axis=1) / np.maximum(length_N, 1)
-    domain_M = np.broadcast_to(domain_N[:, None], mask_NL.shape)[mask_NL]
+    mean_N = gate_NL.sum(axis=1) / np.maximum(samples.length, 1)
+    domain_M = np.broadcast_to(samples.domain[:, None], mask_NL.shape)[mask_NL]
     steps = SHARE_STEPS + 1
-    histogram = count(domain_M * steps + share_steps(gate_NL[mask_NL]), num_domains * steps)
+    histogram = count(domain_M * steps + share_steps(gate_NL[mask_NL]), samples.num_domains * steps)
     return {
-        "gate_sum": sum_by_domain(mean_N, domain_N, num_domains),
-        "gate_square": sum_by_domain(mean_N**2, domain_N, num_domains),
-        "gate_histogram": histogram.reshape(num_domains, steps),
+        "gate_sum": sum_by_domain(mean_N, samples),
+        "gate_square": sum_by_domain(mean_N**2, samples),
+        "gate_histogram": histogram.reshape(samples.num_domains, steps),
     }
 
 
 def _contexts(
-    addresses_NLHK: NDArray[Any], weights_NLHK: NDArray[Any], batch: Batch, num_rows: int
+    addresses_NLHK: NDArray[Any], weights_NLHK: NDArray[Any], samples: Samples, num_rows: int
 ) -> Arrays:
     """The best contexts of each row of one block, found by sorting reads packed into 64 bits each."""
     num_samples, num_positions, num_heads, num_choices = addresses_NLHK.shape
-    mask_NL = valid_mask(batch.length, num_positions)
+    mask_NL = valid_mask(samples.length, num_positions)
     sample_M, position_M = np.nonzero(mask_NL)
     per_token = num_heads * num_choices
     address = addresses_NLHK[mask_NL].ravel().astype(np.uint64)
@@ -152,7 +136,7 @@ def _contexts(
     place = (address[kept].astype(np.int64), rank[kept])
     score_RM, sample_RM, position_RM = no_contexts(num_rows, NUM_ROW_CONTEXTS)
     score_RM[place] = (np.uint64(0xFFFF) - falling[kept]).astype(np.uint16).view(np.float16)
-    sample_RM[place] = batch.first_sample + sample[kept].astype(np.int64)
+    sample_RM[place] = samples.first + sample[kept].astype(np.int64)
     position_RM[place] = position[kept]
     return {"context_score": score_RM, "context_sample": sample_RM, "context_position": position_RM}
 

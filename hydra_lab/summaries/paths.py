@@ -1,8 +1,11 @@
 """Summary of the paths: each one's share of its block's update, and its cosine to it."""
 
-import numpy as np
+from typing import Any
 
-from hydra_lab.summaries.arrays import Batch
+import numpy as np
+from numpy.typing import NDArray
+
+from hydra_lab.summaries.arrays import Batch, IntArray
 from hydra_lab.summaries.fields import Arrays, Field, Fields
 
 FIELDS: Fields = {
@@ -15,11 +18,17 @@ FIELDS: Fields = {
 
 def summarize(batch: Batch) -> Arrays:
     """The arrays of `FIELDS`."""
+    return token_sums(batch["paths", "share"], batch["paths", "cosine"], batch.samples.length)
+
+
+def token_sums(share_NYP: NDArray[Any], cosine_NYP: NDArray[Any], length_N: IntArray) -> Arrays:
+    """The arrays of `FIELDS`: numerators and denominators of the means over tokens."""
     arrays: Arrays = {}
-    for name in ("share", "cosine"):
-        value_NYP = batch["paths", name].astype(np.float64)
+    for name, value_NYP in (("share", share_NYP), ("cosine", cosine_NYP)):
         known_NYP = ~np.isnan(value_NYP)
-        tokens_NYP = known_NYP * batch.length[:, None, None]
-        arrays[f"{name}_sum"] = (np.where(known_NYP, value_NYP, 0.0) * tokens_NYP).sum(axis=0)
+        tokens_NYP = known_NYP * length_N[:, None, None]
+        arrays[f"{name}_sum"] = (np.where(known_NYP, value_NYP, 0.0).astype(np.float64) * tokens_NYP).sum(
+            axis=0
+        )
         arrays[f"{name}_tokens"] = tokens_NYP.sum(axis=0)
     return arrays

@@ -46,14 +46,14 @@ def _block(batch: Batch, norms_NCH: NDArray[Any], decay_NLH: NDArray[Any]) -> Ar
     num_chunks, num_heads = norms_NCH.shape[1:]
     num_positions = decay_NLH.shape[1]
     chunk_size = batch.config["ssm_chunk_size"]
-    whole_NC1 = valid_mask(batch.length // chunk_size, num_chunks)[..., None]
+    whole_NC1 = valid_mask(batch.samples.length // chunk_size, num_chunks)[..., None]
     norm_NCH = np.where(whole_NC1, norms_NCH, 0.0).astype(np.float64)
     positive_NCH = norm_NCH > 0
     log_NCH = np.log2(norm_NCH, out=np.zeros_like(norm_NCH), where=positive_NCH)
-    partial = np.flatnonzero(batch.length % chunk_size)
-    last_MH = norms_NCH[partial, batch.length[partial] // chunk_size].astype(np.float64)
+    partial = np.flatnonzero(batch.samples.length % chunk_size)
+    last_MH = norms_NCH[partial, batch.samples.length[partial] // chunk_size].astype(np.float64)
 
-    valid_NL = valid_mask(batch.length, num_positions)
+    valid_NL = valid_mask(batch.samples.length, num_positions)
     decay_NLH = np.where(valid_NL[..., None], decay_NLH, 0.0).astype(np.float64)
     num_bins = len(DECAY_EDGES) - 1
     bin_MH = in_bin(-decay_NLH[valid_NL], DECAY_EDGES)
@@ -68,6 +68,6 @@ def _block(batch: Batch, norms_NCH: NDArray[Any], decay_NLH: NDArray[Any]) -> Ar
         "decay_by_position": np.add.reduceat(
             decay_NLH.sum(axis=0), position_edges(num_positions)[:-1], axis=0
         ),
-        "decay_by_domain": sum_by_domain(decay_NLH.sum(axis=1), batch.domain, batch.num_domains),
+        "decay_by_domain": sum_by_domain(decay_NLH.sum(axis=1), batch.samples),
         "decay_histogram": histogram.reshape(num_heads, num_bins),
     }

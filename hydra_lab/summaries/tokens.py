@@ -3,7 +3,16 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_lab.summaries.arrays import Batch, IntArray, count, in_bin, position_edges, sum_by_domain, weigh
+from hydra_lab.summaries.arrays import (
+    Batch,
+    IntArray,
+    Samples,
+    count,
+    in_bin,
+    position_edges,
+    sum_by_domain,
+    weigh,
+)
 from hydra_lab.summaries.fields import Arrays, Field, Fields
 
 LOSS_EDGES: NDArray[np.float64] = np.append(np.arange(129) / 8, np.inf)
@@ -28,24 +37,27 @@ FIELDS: Fields = {
 }  # fmt: skip
 
 
-def length_counts(length_N: IntArray, domain_N: IntArray, num_domains: int, size: int) -> IntArray:
+def length_counts(samples: Samples, size: int) -> IntArray:
     """[Z, size + 1] samples of each domain by their number of tokens."""
-    return count(domain_N * (size + 1) + length_N, num_domains * (size + 1)).reshape(num_domains, size + 1)
+    cell_N = samples.domain * (size + 1) + samples.length
+    return count(cell_N, samples.num_domains * (size + 1)).reshape(samples.num_domains, size + 1)
 
 
 def summarize(batch: Batch) -> Arrays:
     """The arrays of `FIELDS`."""
     loss_NL = batch["tokens", "loss"].astype(np.float64)
-    size, num_domains = loss_NL.shape[1], batch.num_domains
+    size, num_domains = loss_NL.shape[1], batch.samples.num_domains
     known_NL = ~np.isnan(loss_NL)
     loss_NL = np.where(known_NL, loss_NL, 0.0)
     edges = position_edges(size)
     first_sample = np.full(num_domains, NO_SAMPLE)
-    np.minimum.at(first_sample, batch.domain, batch.first_sample + np.arange(len(batch.domain)))
+    np.minimum.at(
+        first_sample, batch.samples.domain, batch.samples.first + np.arange(len(batch.samples.domain))
+    )
     loss_N, count_N = loss_NL.sum(axis=1), known_NL.sum(axis=1)
     mean_N = loss_N / np.maximum(count_N, 1)
     num_bins = len(LOSS_EDGES) - 1
-    domain_NL = np.broadcast_to(batch.domain[:, None], loss_NL.shape)
+    domain_NL = np.broadcast_to(batch.samples.domain[:, None], loss_NL.shape)
     histogram = count(
         domain_NL[known_NL] * num_bins + in_bin(loss_NL[known_NL], LOSS_EDGES), num_domains * num_bins
     )
@@ -54,10 +66,10 @@ def summarize(batch: Batch) -> Arrays:
     by_position = (num_domains, len(edges) - 1)
 
     def of_domain(values_N: NDArray[np.generic]) -> NDArray[np.generic]:
-        return sum_by_domain(values_N, batch.domain, num_domains)
+        return sum_by_domain(values_N, batch.samples)
 
     return {
-        "length": length_counts(batch.length, batch.domain, num_domains, size),
+        "length": length_counts(batch.samples, size),
         "first_sample": first_sample,
         "loss_sum": of_domain(loss_N),
         "loss_square": of_domain((loss_NL**2).sum(axis=1)),

@@ -60,9 +60,9 @@ def _block(batch: Batch, y: int) -> Arrays:
     write_gate_NCS = batch["workspace", "write_gate"][:, y].astype(np.float64)
     num_positions, num_slots = read_NLS.shape[1:]
     chunk_size, num_chunks = batch.config["workspace_chunk_size"], write_gate_NCS.shape[1]
-    mask_NL = valid_mask(batch.length, num_positions)
+    mask_NL = valid_mask(batch.samples.length, num_positions)
     read_NLS, gate_NL = np.where(mask_NL[..., None], read_NLS, 0.0), np.where(mask_NL, gate_NL, 0.0)
-    whole_NC = valid_mask(batch.length // chunk_size, num_chunks)
+    whole_NC = valid_mask(batch.samples.length // chunk_size, num_chunks)
     edges = position_edges(num_positions)
     position_L = np.arange(num_positions, dtype=np.int64)
 
@@ -84,7 +84,7 @@ def _block(batch: Batch, y: int) -> Arrays:
         log_sum_S = np.log1p(-write_gate_MS).sum(axis=0)
     return {
         "read_by_position": by_position(read_NLS),
-        "read_by_domain": sum_by_domain(read_NLS.sum(axis=1), batch.domain, batch.num_domains),
+        "read_by_domain": sum_by_domain(read_NLS.sum(axis=1), batch.samples),
         "gated_read_by_lag": _by_lag(
             gated_NLS, np.where(whole_NC[..., None], write_gate_NCS, 0.0), chunk_size
         ),
@@ -96,8 +96,8 @@ def _block(batch: Batch, y: int) -> Arrays:
         "write_gate_histogram": _by_slot(write_gate_MS),
         "write_entropy_sum": write_entropy_MS.sum(axis=0),
         "write_entropy_histogram": _by_slot(write_entropy_MS),
-        **best_contexts("read", _or_none(gated_NLS, mask_NL), position_L, batch.first_sample),
-        **best_contexts("write", written_NLS, position_L, batch.first_sample),
+        **best_contexts("read", _or_none(gated_NLS, mask_NL), position_L, batch.samples.first),
+        **best_contexts("write", written_NLS, position_L, batch.samples.first),
     }
 
 

@@ -5,6 +5,7 @@ python tests/figures/samples.py OUT      writes every figure as PNG, light and d
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +66,48 @@ def routing() -> metrics.RoutingRecord:
         length=np.full(num_samples, num_chunks * 32),
         domains=domains,
         weights=np.stack([first, 1 - first], axis=-1),
+        logits=logits,
+        tokens=rng.integers(6, size=(num_samples, num_chunks * 32)),
+    )
+
+
+def earlier_routings() -> list[metrics.RoutingRecord]:
+    """The same texts at four earlier checkpoints, ever closer to the last."""
+    last, rng = routing(), np.random.default_rng(5)
+    records: list[metrics.RoutingRecord] = []
+    assert last.logits is not None
+    for noise in (8.0, 4.0, 2.0, 1.0):
+        logits = last.logits + noise * rng.gumbel(size=last.logits.shape)
+        records.append(replace(last, experts=np.argsort(-logits, axis=-1)[..., :2], logits=logits))
+    return records
+
+
+def prompts() -> metrics.LookupRecord:
+    """Ten facts, three prompts about each, that read some rows of their own."""
+    rng = np.random.default_rng(6)
+    own = rng.integers(128 * 128, size=(10, 4, 8))
+    addresses = rng.integers(128 * 128, size=(30, 6, 4, 8))
+    addresses[:, -1] = np.where(rng.random((30, 4, 8)) < 0.6, own.repeat(3, axis=0), addresses[:, -1])
+    return metrics.LookupRecord(
+        layer=3,
+        addresses=addresses,
+        weights=rng.dirichlet(np.ones(8), size=(30, 6, 4)),
+        gate=np.full((30, 6), 0.5),
+        tokens=np.zeros((30, 6), dtype=int),
+        length=np.full(30, 6),
+        domains=("facts",) * 30,
+        num_keys=(128, 128),
+    )
+
+
+CAPITALS = ("Rome", "Oslo", "Lima", "Bern", "Kyiv", "Doha", "Cairo", "Paris", "Quito", "Tunis")
+
+
+def contexts() -> metrics.TopContexts:
+    """Five chunks of an expert."""
+    score = np.array([0.94, 0.9, 0.82, 0.8, 0.44])
+    return metrics.TopContexts(
+        2, "expert", 5, score, np.array([7, 3, 20, 1, 44]), 32 * np.arange(5), 30_000, 60
     )
 
 
@@ -133,6 +176,10 @@ def selections() -> metrics.SelectionRecord:
 def makers() -> dict[str, Callable[..., go.Figure]]:
     """Every figure by name; each takes `theme` and, but for `path_use` itself, `path_use`."""
     record, lookup, space, state = routing(), lookups(), workspace(), states()
+    classes = metrics.expert_by_token_class(record, np.arange(6))
+    last = np.broadcast_to(np.arange(6) == 5, (30, 6))
+    overlap = metrics.address_overlap(prompts(), [c for c in CAPITALS for _ in range(3)], where=last)
+    texts = ["def f(x):\n    return x", "for i in range(9):", "<b> & so on", "import os", "x = 1"]
     top = metrics.top_tokens(lookup, int(np.argmax(lookup.mass())), 8)
     return {
         "path_use": lambda theme, path_use=None: figures.path_use(globals()["path_use"](), theme=theme),
@@ -143,6 +190,23 @@ def makers() -> dict[str, Callable[..., go.Figure]]:
         "co_activation": partial(figures.co_activation, metrics.co_activation(record)),
         "switch_rate": partial(figures.switch_rate, metrics.switch_rate(record)),
         "routing_map": partial(figures.routing_map, metrics.routing_map(record, 3)),
+        "routing_margin": partial(figures.routing_margin, metrics.routing_margin(record)),
+        "expert_sparsity": partial(figures.expert_sparsity, metrics.expert_sparsity(record)),
+        "router_saturation": partial(
+            figures.router_saturation,
+            metrics.router_saturation(
+                earlier_routings(), record, labels=["step 1k", "step 2k", "step 4k", "step 8k"]
+            ),
+        ),
+        "expert_by_token_class": partial(figures.expert_by_token_class, classes),
+        "specialization": partial(
+            figures.specialization, metrics.specialization(metrics.expert_by_domain(record))
+        ),
+        "memory_use_by_domain": partial(figures.memory_use_by_domain, metrics.memory_use_by_domain(lookup)),
+        "memory_use_by_head": partial(figures.memory_use_by_head, metrics.memory_use_by_head(lookup)),
+        "dead_addresses": partial(figures.dead_addresses, metrics.dead_addresses(lookup, max_size=64)),
+        "address_overlap": partial(figures.address_overlap, overlap),
+        "top_contexts": partial(figures.top_contexts, contexts(), texts),
         "memory_use": partial(figures.memory_use, metrics.memory_use(lookup)),
         "beta_by_domain": partial(figures.beta_by_domain, metrics.beta_by_domain(lookup)),
         "top_tokens": partial(

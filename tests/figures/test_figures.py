@@ -79,6 +79,52 @@ def test_figures_show_the_numbers_of_their_results() -> None:
     np.testing.assert_allclose(traces(figures.half_life(life))[0]["y"], life.half_life)
 
 
+def test_figures_of_the_router_show_the_numbers_of_their_results() -> None:
+    record = samples.routing()
+    margin = metrics.routing_margin(record)
+    figure = figures.routing_margin(margin)
+    medians = [trace for trace in traces(figure) if trace.get("mode") == "markers"]
+    np.testing.assert_allclose(medians[3]["x"], margin.quantiles[:, 3, 2])
+    assert medians[3]["name"] == "arithmetic (n=96)" and "near ties (below 0.125" in title_of(figure)
+    sparsity = metrics.expert_sparsity(record)
+    shown = traces(figures.expert_sparsity(sparsity))
+    np.testing.assert_allclose(shown[2]["y"], 100 * sparsity.sparsity[1])
+    assert "token-level sparsity (TLS), 75%" in title_of(figures.expert_sparsity(sparsity))
+    saturation = metrics.router_saturation(samples.earlier_routings(), record)
+    np.testing.assert_allclose(
+        traces(figures.router_saturation(saturation))[0]["y"], 100 * saturation.saturation[:, 0]
+    )
+    special = metrics.specialization(metrics.expert_by_domain(record))
+    heat = traces(figures.specialization(special))[0]
+    np.testing.assert_allclose(heat["z"], special.score)
+    assert heat["text"][0][2].endswith("<br>prose") and heat["text"][1][7] == "<br>never chosen"
+
+
+def test_figures_of_the_memory_show_the_numbers_of_their_results() -> None:
+    lookups = samples.lookups()
+    use = metrics.memory_use_by_domain(lookups)
+    shown = traces(figures.memory_use_by_domain(use))
+    np.testing.assert_allclose(shown[0]["x"], [100 * each.used_share for each in use.use])
+    np.testing.assert_allclose(shown[6]["x"], [each.gini_of_reads for each in use.use])
+    dead = metrics.dead_addresses(lookups, max_size=64)
+    heat = traces(figures.dead_addresses(dead))[0]
+    np.testing.assert_allclose(heat["z"], 100 * dead.map)
+    assert "one cell is 2 x 2 rows" in title_of(figures.dead_addresses(dead))
+    facts = [capital for capital in samples.CAPITALS for _ in range(3)]
+    overlap = metrics.address_overlap(samples.prompts(), facts, num_resamplings=9)
+    jaccard, weighted = traces(figures.address_overlap(overlap))
+    assert jaccard["y"][0] == "Bern #9"  # sorted by fact
+    assert jaccard["z"][0][1] == overlap.jaccard[9, 10] and weighted["z"][0][1] == overlap.weighted[9, 10]
+
+
+def test_contexts_are_shown_as_text_not_as_markup() -> None:
+    result = samples.contexts()
+    labels = traces(figures.top_contexts(result, ["a <b> c\n", "b", "c", "d", "e"]))[0]["y"]
+    assert labels[0] == "a &lt;b> c⏎<br>sample 7, token 0"
+    with pytest.raises(ValueError, match="1 texts for 5 contexts"):
+        figures.top_contexts(result, ["x"])
+
+
 def test_a_large_memory_map_is_small_in_a_browser() -> None:
     rng = np.random.default_rng(0)
     level = rng.integers(0, 256, size=(512, 512)).astype(np.uint8)
