@@ -43,6 +43,9 @@ REQUESTED_SIGNALS = ("mass",)
 KINDS = ("window", "sink", "selected")
 """The places that attention goes to, in the order of the axis `kind`."""
 
+SUMMARY = "summary"
+"""Signal that asks for the running summary (`hydra_lab.summaries`) of all groups, whichever are kept in full."""
+
 _TAPS = {
     "routing": ("moe.routing",),
     "attention": ("attention.selection",),
@@ -92,11 +95,16 @@ def unsigned(num_values: int) -> str:
     return next(name for name in ("uint8", "uint16", "uint32", "uint64") if num_values <= np.iinfo(name).max)
 
 
+def signed(num_values: int) -> str:
+    """The smallest signed dtype that holds 0 .. num_values - 1, and -1 for the fill."""
+    return next(name for name in ("int8", "int16", "int32", "int64") if num_values - 1 <= np.iinfo(name).max)
+
+
 def signals_of(config: HydraConfig, signals: Sequence[str] | None) -> tuple[str, ...]:
     """The groups to capture, in order: those of `SIGNALS` that the model has, or those asked for.
 
     Raises:
-        ValueError: a signal is unknown, or the model has no such path.
+        ValueError: a signal is no group, or the model has no such path.
     """
     known = (*SIGNALS, *REQUESTED_SIGNALS)
     present = [name for name in known if name == "paths" or config.layers_with(_PATH.get(name, name))]
@@ -167,9 +175,9 @@ def specs_of(config: HydraConfig, signals: Sequence[str], sequence_length: int, 
             }
         elif group == "attention":
             chosen = {"head": config.attention_num_kv_heads, "k": config.attention_num_selected}
-            blocks = "int16" if length // config.attention_block_size < np.iinfo("int16").max else "int32"
+            num_blocks = -(-length // config.attention_block_size)
             specs[group] = {
-                "blocks": per("position", length, chosen, blocks),
+                "blocks": per("position", length, chosen, signed(num_blocks)),
                 "scores": per("position", length, chosen, "float16"),
             }
         elif group == "mass":

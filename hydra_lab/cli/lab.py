@@ -25,7 +25,7 @@ TOUR = "00_tour.ipynb"
 
 
 @commands.command(
-    epilog="Example: hydra-lab capture demo notes.txt articles.jsonl --out run.zarr",
+    epilog="Example: hydra-lab capture demo notes.txt articles.jsonl --out run.zarr --workers 2",
 )
 def capture(
     model: Annotated[str, typer.Argument(help="`demo`, or a directory with a config.json.")],
@@ -35,8 +35,23 @@ def capture(
     out: Annotated[Path, typer.Option(help="Capture to write, by custom NAME.zarr.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass; changes no result.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 512,
-    signal: Annotated[
-        list[str] | None, typer.Option(help="Group of decisions to keep; may be repeated. (default: all)")
+    signals: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--signal",
+            "--signals",
+            help="Group of decisions to keep, or `summary` for the running summary of all; may be repeated. (default: "
+            "all)",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Run on this many processes; changes no result.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on the Dask cluster there, tcp://host:port.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a forward pass. (default: a fair share)")
     ] = None,
     limit_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.")] = None,
     intervene: Intervene = None,
@@ -46,34 +61,39 @@ def capture(
 ) -> None:
     """Record every decision of a model on files of text, as xarray groups in a Zarr directory."""
     require("xarray", "zarr")
+    if workers is not None or scheduler is not None:
+        require("dask", "distributed")
     from hydra_lab.capture import capture_files
     from hydra_lab.capture.sources import find_sources
-    from hydra_lab.interventions import intervened
 
     if out.exists() and not resume:
         raise BadInput(f"{out} exists already; --resume goes on with it, another --out starts anew")
     find_sources(files)  # a mistyped name should not have to wait for the model
     changes = interventions(intervene, intervene_file)
     loaded, tokenizer = load_model(model)
-    with intervened(loaded, *changes):
-        result = capture_files(
-            loaded,
-            tokenizer,
-            files,
-            out,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            signals=signal or None,
-            resume=resume,
-            limit_tokens=limit_tokens,
-            progress=not as_json,
-        )
+    result = capture_files(
+        loaded,
+        tokenizer,
+        files,
+        out,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        signals=signals or None,
+        interventions=changes,
+        workers=workers,
+        scheduler=scheduler,
+        threads=threads,
+        resume=resume,
+        limit_tokens=limit_tokens,
+        progress=not as_json,
+    )
     summary = {
         "capture": str(out),
         "samples": int(result.attributes["committed"]),
         "tokens": int(result.attributes["num_tokens"]),
         "groups": list(result.groups),
         "domains": list(result.attributes["domains"]),
+        "interventions": [str(change) for change in changes],
     }
     if as_json:
         print_json(summary)

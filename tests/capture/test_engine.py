@@ -1,6 +1,6 @@
 """A capture holds what `record` sees, whatever the batch size, and survives being killed at any point."""
 
-import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +11,12 @@ import pytest
 import torch
 import zarr
 
-from hydra_lab.capture import Capture, CaptureProgress, capture_files, engine, open_capture, record
+from hydra_lab.capture import Capture, CaptureProgress, open_capture, record
 from hydra_lab.capture.store import CaptureWriter
+from hydra_lab.summaries import merge, summarize
 from hydra_lab.taps import PATHS
+from tests.capture.shared import COMMIT, LENGTH, arrays, assert_identical, run, write_texts
 from tests.helpers import lively_model
-
-LENGTH = 20  # two whole chunks of 8 and a half one
-
-
-class ByteTokenizer:
-    """Bytes folded into the nano vocabulary."""
-
-    name_or_path = "bytes"
-
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [byte % 96 + 1 for byte in text.encode()]}
-
-    def get_vocab(self) -> dict[str, int]:
-        return {str(index): index for index in range(97)}
 
 
 @pytest.fixture(scope="module")
@@ -38,54 +26,18 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven windows: 5 whole, and 1 partial of 9 tokens in one domain; 4 short lines in two others."""
-    path = tmp_path_factory.mktemp("texts")
-    (path / "prose.txt").write_text("".join(f"The {n}th sentence.\n" for n in range(7))[:109])
-    lines = [{"text": word * 3, "domain": domain} for word, domain in zip("abcd", "xyxy", strict=True)]
-    lines.append({"text": "a line longer than one window", "domain": "x"})
-    (path / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def small_commits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "COMMIT_TOKENS", 4 * LENGTH)
-
-
-def run(model: Any, texts: Path, out: Path, **options: Any) -> Capture:
-    options = {"sequence_length": LENGTH, "progress": False} | options
-    return capture_files(model, ByteTokenizer(), [texts / "prose.txt", texts / "mixed.jsonl"], out, **options)
-
-
-def arrays(capture: Capture) -> dict[str, np.ndarray]:
-    return {
-        f"{group}.{name}": capture[group][name].values
-        for group in capture
-        for name in capture[group].data_vars
-    }
-
-
-def assert_identical(first: Capture, second: Capture) -> None:
-    assert first.attributes == second.attributes
-    ours, theirs = arrays(first), arrays(second)
-    assert ours.keys() == theirs.keys()
-    for name, array in ours.items():
-        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
 def whole(model: Any, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Capture:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "COMMIT_TOKENS", 4 * LENGTH)
-        return run(model, texts, tmp_path_factory.mktemp("out") / "whole.zarr", batch_size=4)
+    return run(model, texts, tmp_path_factory.mktemp("out") / "whole.zarr", batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def once(model: Any, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Capture:
     """The same, a sample at a time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "COMMIT_TOKENS", 4 * LENGTH)
-        return run(model, texts, tmp_path_factory.mktemp("out") / "once.zarr", batch_size=1)
+    return run(model, texts, tmp_path_factory.mktemp("out") / "once.zarr", batch_size=1)
 
 
 def test_groups_dims_and_attributes(whole: Capture, model: Any) -> None:
@@ -99,7 +51,7 @@ def test_groups_dims_and_attributes(whole: Capture, model: Any) -> None:
     assert dims["norms"] == ("sample", "layer", "chunk", "head")
     assert dims["share"] == ("sample", "layer", "path")
     types = {name: str(whole[group][name].dtype) for group in whole for name in whole[group].data_vars}
-    assert types["token"] == types["experts"] == types["addresses"] == "uint8" and types["blocks"] == "int16"
+    assert types["token"] == types["experts"] == types["addresses"] == "uint8" and types["blocks"] == "int8"
     assert types["loss"] == "float32" and types["decay"] == types["write_address"] == "float16"
     assert whole["routing"].layer.values.tolist() == [0, 2] and whole["routing"].attrs["chunk_size"] == 8
     assert whole["memory"].layer.values.tolist() == [2] and whole["memory"].attrs["num_keys"] == [8, 8]
@@ -108,7 +60,7 @@ def test_groups_dims_and_attributes(whole: Capture, model: Any) -> None:
     attributes = whole.attributes
     assert attributes["backend"] == "torch" and attributes["dtype"] == "float32"
     assert attributes["config"]["moe_num_experts"] == 4 and attributes["tokenizer_name"] == "bytes"
-    assert attributes["signals"] == ["routing", "attention", "workspace", "memory", "ssm", "paths"]
+    assert attributes["signals"] == ["routing", "attention", "workspace", "memory", "ssm", "paths", "summary"]
     assert [source["bytes"] for source in attributes["sources"]] == [109, (attributes["sources"][1]["bytes"])]
     assert all(
         len(attributes[name]) == 64 for name in ("weights_sha256", "config_sha256", "tokenizer_sha256")
@@ -198,6 +150,8 @@ def test_the_batch_size_does_not_matter(
     assert other.attributes == once.attributes
     theirs = arrays(other)
     for name, array in arrays(once).items():
+        if name.startswith("summary."):
+            continue  # counts of what is compared here, in bins whose edge a last bit may cross
         if array.dtype.kind in "iub":
             np.testing.assert_array_equal(array, theirs[name], err_msg=name)
         else:
@@ -213,7 +167,7 @@ class Killed(BaseException):
 def test_a_killed_capture_is_resumed_to_the_same(
     once: Capture, model: Any, texts: Path, tmp_path: Path, after: int
 ) -> None:
-    """Interrupted after each of several samples; commits are of 4."""
+    """Interrupted after each of several samples; commits are of 4. What is kept is a commit, arrays and summary."""
     out = tmp_path / "run.zarr"
 
     def kill(done: CaptureProgress) -> None:
@@ -227,7 +181,8 @@ def test_a_killed_capture_is_resumed_to_the_same(
     assert partial["routing"].sizes["sample"] == partial.num_samples
     expected = arrays(once)
     for name, array in arrays(partial).items():
-        np.testing.assert_array_equal(array, expected[name][: partial.num_samples], err_msg=name)
+        if not name.startswith("summary."):
+            np.testing.assert_array_equal(array, expected[name][: partial.num_samples], err_msg=name)
     assert_identical(run(model, texts, out, batch_size=1, resume=True), once)
     assert_identical(run(model, texts, out, batch_size=1, resume=True), once)  # nothing is left to do
 
@@ -259,10 +214,8 @@ def test_a_real_kill(once: Capture, texts: Path, tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from hydra_lab.capture import engine
-from tests.capture.test_engine import ByteTokenizer, LENGTH, run
+from tests.capture.shared import run
 from tests.helpers import lively_model
-engine.COMMIT_TOKENS = 4 * LENGTH
 kill = lambda done: done.samples > 4 and os.kill(os.getpid(), signal.SIGKILL)
 run(lively_model(), Path({str(texts)!r}), Path({str(tmp_path / "run.zarr")!r}), batch_size=1, progress=kill)
 """
@@ -288,13 +241,91 @@ def test_signals_are_chosen(model: Any, texts: Path, tmp_path: Path) -> None:
         run(without, texts, tmp_path / "more.zarr", signals=("routing",))
 
 
+def test_the_summary_is_that_of_the_commits_in_order(once: Capture) -> None:
+    rows = {(group, name): array.values for group in once for name, array in once[group].data_vars.items()}
+    parts = [
+        summarize(
+            {key: array[first : first + COMMIT] for key, array in rows.items()},
+            config=once.attributes["config"],
+            domains=once.attributes["domains"],
+            first_sample=first,
+        )
+        for first in range(0, once.num_samples, COMMIT)
+    ]
+    expected = merge(merge(parts[0], parts[1]), parts[2])
+    summary = once.summary
+    assert summary.keys() == expected.keys() == set(once.groups)
+    for group, inner in expected.items():
+        assert summary[group].keys() == inner.keys()
+        for name, array in inner.items():
+            np.testing.assert_array_equal(summary[group][name], array, err_msg=f"{group}.{name}")
+    lengths = summary["tokens"]["length"].sum(axis=0)
+    assert lengths.sum() == once.num_samples and lengths @ np.arange(LENGTH + 1) == once.num_tokens
+
+
+def test_a_summary_alone(once: Capture, model: Any, texts: Path, tmp_path: Path) -> None:
+    """The same summary without any raw array but the tokens; and raw arrays without a summary."""
+    alone = run(model, texts, tmp_path / "alone.zarr", signals=("summary",), batch_size=1)
+    assert tuple(alone) == ("tokens",) and alone.attributes["signals"] == ["summary"]
+    for group, inner in once.summary.items():
+        for name, array in inner.items():
+            np.testing.assert_array_equal(alone.summary[group][name], array, err_msg=f"{group}.{name}")
+    without = run(model, texts, tmp_path / "without.zarr", signals=("routing",))
+    with pytest.raises(ValueError, match="keeps no summary: it was captured without the signal 'summary'"):
+        _ = without.summary
+
+
+def test_a_full_disk(once: Capture, model: Any, texts: Path, tmp_path: Path) -> None:
+    """No file may grow any more after the second commit: one line says so, and what is committed is kept."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(done: CaptureProgress) -> None:
+        if done.samples > 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+
+    out = tmp_path / "run.zarr"
+    try:
+        with pytest.raises(OSError, match="cannot grow: file too large; its 8 committed samples are kept"):
+            run(model, texts, out, batch_size=1, progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert open_capture(out).num_samples == 8
+    assert_identical(run(model, texts, out, batch_size=1, resume=True), once)
+
+
+def test_a_line_that_cannot_be_read_any_more(once: Capture, model: Any, tmp_path: Path) -> None:
+    """A file is damaged while it is captured. Before a capture begins, `inspect` finds such a line."""
+    (tmp_path / "texts").mkdir()
+    texts = write_texts(tmp_path / "texts")
+    good = (texts / "mixed.jsonl").read_text()
+    bad = good.replace('"ddd"', '"ddd')
+
+    def damage(_done: CaptureProgress) -> None:
+        (texts / "mixed.jsonl").write_text(bad)
+
+    out = tmp_path / "run.zarr"
+    with pytest.raises(
+        ValueError, match=r"mixed\.jsonl:4: not JSON .* put it back as it was, and resume"
+    ) as error:
+        run(model, texts, out, batch_size=1, progress=damage)
+    assert "\n" not in str(error.value)
+    assert open_capture(out).num_samples == 8
+    with pytest.raises(ValueError, match=r"mixed\.jsonl:4: not JSON"):
+        run(model, texts, out, batch_size=1, resume=True)
+    assert open_capture(out).num_samples == 8
+    (texts / "mixed.jsonl").write_text(good)
+    resumed = arrays(run(model, texts, out, batch_size=1, resume=True))
+    for name, array in arrays(once).items():
+        np.testing.assert_array_equal(resumed[name], array, err_msg=name)
+
+
 def test_progress_is_told(
     model: Any, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told: list[CaptureProgress] = []
-    run(model, texts, tmp_path / "run.zarr", batch_size=5, progress=told.append)
+    run(model, texts, tmp_path / "run.zarr", batch_size=3, progress=told.append)
     total = sum((texts / name).stat().st_size for name in ("prose.txt", "mixed.jsonl"))
-    assert [done.samples for done in told] == [5, 10, 12]
+    assert [done.samples for done in told] == [3, 4, 7, 8, 11, 12]  # batches are cut within commits of 4
     assert told[-1].tokens == 150 and told[-1].bytes_read == told[-1].bytes_total == total
     run(model, texts, tmp_path / "bar.zarr", progress=True)
     assert "150 tokens" in capsys.readouterr().err
@@ -313,6 +344,9 @@ def test_what_is_refused(model: Any, texts: Path, tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"sequence_length": 0}, "sequence_length must be at least 1"),
         ({"limit_tokens": 0}, "limit_tokens must be at least 1"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"workers": 2, "scheduler": "tcp://x:1"}, "give one of them"),
         ({"signals": ("experts",)}, "signal 'experts' is not one of routing, attention"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -331,5 +365,5 @@ def test_what_is_no_capture(tmp_path: Path) -> None:
     zarr.create_group(
         tmp_path / "newer.zarr", attributes={"format": "hydra-lab-capture", "format_version": 99}
     )
-    with pytest.raises(ValueError, match="has format version 99; this program reads 1"):
+    with pytest.raises(ValueError, match="has format version 99; this program reads 1 and 2"):
         open_capture(tmp_path / "newer.zarr")
