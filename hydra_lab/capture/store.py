@@ -162,9 +162,9 @@ class CaptureWriter:
 def _compressor(dtype: str) -> BytesBytesCodec:
     """The smallest of what was measured at no more than 4% of a capture's time.
 
-    Demo, 131,072 tokens of source code, bytes per token of all arrays and share of the time: zstd at level 3 283.4, 0.6%;
-    at 9 276.0, 1.8%; bytes shuffled and zstd at 3 268.4, 1.5%, at 5 247.9, 3.4%, at 9 239.1, 55%. Integers are smaller
-    without the shuffle: 245.4 in all.
+    Demo, 131,072 tokens of source code, bytes per token of all arrays and share of the time: zstd at level 3 283.4,
+    0.6%; at 9 276.0, 1.8%; bytes shuffled and zstd at 3 268.4, 1.5%, at 5 247.9, 3.4%, at 9 239.1, 55%. Integers are
+    smaller without the shuffle: 245.4 in all.
     """
     if np.dtype(dtype).kind == "f":
         return BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=np.dtype(dtype).itemsize)

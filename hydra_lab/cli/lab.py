@@ -40,8 +40,8 @@ def capture(
         typer.Option(
             "--signal",
             "--signals",
-            help="Group of decisions to keep, or `summary` for the running summary of all; may be repeated. (default: "
-            "all)",
+            help="Group of decisions to keep, `mass` among them for where attention went, or `summary` for the running "
+            "summary of all; may be repeated. (default: all but mass, and the summary)",
         ),
     ] = None,
     workers: Annotated[
