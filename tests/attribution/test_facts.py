@@ -56,24 +56,25 @@ def test_the_edited_model_answers_as_asked_and_is_the_old_one_afterwards(model: 
     assert all(p.requires_grad and p.grad is None for p in model.parameters()) and num_hooks(model) == 0
 
 
-def test_the_rows_are_those_that_the_predicting_tokens_read_most(model: Any, edit: FactEdit) -> None:
-    ids = torch.tensor([Letters().encode(PROMPT + ANSWER[:-1])])
+def test_the_rows_are_those_that_the_prompt_reads_most(model: Any, edit: FactEdit) -> None:
+    ids = torch.tensor([Letters().encode(PROMPT)])
     lookup = hydra_lab.record(model, ids, taps="memory.lookup")["layers.2.memory.lookup"]
-    best: set[int] = set()
-    total = np.zeros(64)
-    for position in (-2, -1):
-        weight = np.zeros(64)
-        np.add.at(
-            weight,
-            lookup.addresses[0, position].flatten().numpy(),
-            lookup.weights[0, position].flatten().numpy(),
-        )
-        best |= set(np.argsort(-weight)[: min(8, int((weight > 0).sum()))].tolist())
-        total += weight
-    assert set(edit.addresses.tolist()) == best
-    np.testing.assert_allclose(edit.read_weight, total[edit.addresses], rtol=1e-5)
-    assert (np.diff(edit.read_weight) <= 0).all()
-    assert edit.beta == pytest.approx(float(lookup.gate[0, -2:].mean()), rel=1e-5)
+    reads = np.zeros((len(PROMPT), 64))
+    for position, gate in enumerate(lookup.gate[0, :, 0].tolist()):
+        addresses, weights = lookup.addresses[0, position].flatten(), lookup.weights[0, position].flatten()
+        np.add.at(reads[position], addresses.numpy(), gate * weights.numpy())
+    assert edit.addresses.tolist() == np.argsort(-reads.sum(axis=0))[:8].tolist()
+    np.testing.assert_allclose(edit.reads, reads[:, edit.addresses], rtol=1e-5)
+    np.testing.assert_allclose(edit.beta, lookup.gate[0, :, 0], rtol=1e-5)
+    assert edit.tokens.tolist() == ids[0].tolist()
+
+
+def test_the_change_is_the_smallest_with_its_effect(edit: FactEdit) -> None:
+    """No part of the change lies in directions that the prompt's reads do not see."""
+    change = edit.values - edit.previous_values
+    seen = edit.reads.T @ np.linalg.pinv(edit.reads.T)
+    np.testing.assert_allclose(seen @ change, change, atol=1e-4 * np.abs(change).max())
+    assert np.abs(change).max() > 0
 
 
 def test_specificity_counts_what_changed(model: Any, edit: FactEdit) -> None:
@@ -132,7 +133,7 @@ def test_text_that_reads_no_edited_row_is_untouched() -> None:
 def test_a_fact_of_the_shipped_model_in_one_line() -> None:
     model, tokenizer = hydra_lab.load("demo")
     edit = edit_fact(model, tokenizer, "Q: country of Osaka? A:", " Kenya")
-    assert edit.previous_answer == " Japan" and edit.achieved and edit.layer == 3
+    assert edit.previous_answer.startswith(" Japan") and edit.achieved and edit.layer == 3
     with edit.applied(model):
         ids = torch.tensor([tokenizer.encode("Q: country of Osaka? A:", add_special_tokens=False)])
         written = model.generate(ids, max_new_tokens=len(tokenizer.encode(" Kenya")), do_sample=False)
