@@ -8,7 +8,7 @@ of the answer.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hydra_lab.attribution.rows import floats, ints
+from hydra_lab.interventions import EditValue, intervened
 from hydra_lab.locks import model_lock
 from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.nn.memory import MemoryPath
@@ -63,17 +64,16 @@ class FactEdit:
     achieved: bool
     num_steps: int
 
+    def interventions(self) -> tuple[EditValue, ...]:
+        """The edit in the vocabulary of `hydra_lab.interventions`, to combine with others or to write to a file."""
+        pairs = zip(self.addresses.tolist(), self.values.tolist(), strict=True)
+        return tuple(EditValue(block=self.layer, address=address, value=value) for address, value in pairs)
+
     @contextmanager
     def applied(self, model: HydraForCausalLM) -> Iterator[None]:
-        """Within the context, `model` holds the new rows. A thread that shares it with others holds its lock."""
-        table = model.model.blocks[self.layer].memory.values.data
-        rows = torch.from_numpy(self.addresses).to(table.device)
-        kept = table[rows].clone()
-        table[rows] = torch.from_numpy(self.values).to(table)
-        try:
+        """Within the context, `model` holds the new rows; afterwards it is what it was."""
+        with intervened(model, *self.interventions()):
             yield
-        finally:
-            table[rows] = kept
 
 
 @dataclass(frozen=True)
@@ -314,9 +314,8 @@ def _predictions(model: HydraForCausalLM, ids: Tensor, size: int) -> Tensor:
 def _greedy(model: HydraForCausalLM, prompt: Sequence[int], size: int) -> list[int]:
     """The `size` tokens that the model goes on with."""
     ids = torch.tensor([list(prompt)], device=model.device)
-    return model.generate(ids, max_new_tokens=size, min_new_tokens=size, do_sample=False)[
-        0, len(prompt) :
-    ].tolist()
+    generate = cast(Any, model).generate
+    return generate(ids, max_new_tokens=size, min_new_tokens=size, do_sample=False)[0, len(prompt) :].tolist()
 
 
 def _most_read(lookup: Lookup, num_rows: int) -> tuple[Tensor, Tensor]:

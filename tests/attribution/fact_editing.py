@@ -11,7 +11,6 @@ import json
 import random
 import sys
 from dataclasses import asdict, fields
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -69,12 +68,18 @@ def measure(num_edits: int, num_others: int, **options: Any) -> list[dict[str, A
 
 
 def neighbours(facts: list[Fact], fact: Fact, count: int = 20) -> list[tuple[str, str]]:
-    """Questions that are the likeliest to be hurt: other facts of the same subject, and facts of the same relation whose
-    subjects begin alike."""
+    """Questions that are the likeliest to be hurt: other facts of the same subject, then facts of the same relation
+    whose subjects begin alike."""
     same = [f for f in facts if f.subject == fact.subject and f.relation != fact.relation]
     alike = [f for f in facts if f.relation == fact.relation and f.subject != fact.subject]
-    alike.sort(key=lambda f: -len(commonprefix([f.subject, fact.subject])))
+    alike.sort(key=lambda f: -num_common(f.subject, fact.subject))
     return [(f.question(0), f" {f.answer}") for f in (same + alike)[:count]]
+
+
+def num_common(first: str, second: str) -> int:
+    """Letters with which both begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def other_answer(facts: list[Fact], fact: Fact, rng: random.Random) -> str:

@@ -1,6 +1,7 @@
 """Editing a fact: what is written, what it does, and what it leaves alone."""
 
-from typing import Any
+import json
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import hydra_lab
 from hydra_lab.attribution import FactEdit, edit_fact, specificity
+from hydra_lab.interventions import from_dict, intervened
 from tests.attribution.hooks import num_hooks
 from tests.helpers import lively_model
 
@@ -40,7 +42,7 @@ def answer_probability(model: Any, prompt: str, answer: str) -> float:
     with torch.no_grad():
         log = model(ids, use_cache=False).logits[0].log_softmax(-1)
     size = len(answer)
-    return float(sum(log[-size - 1 + k, ids[0, -size + k]] for k in range(size)).exp())
+    return float(torch.stack([log[-size - 1 + k, ids[0, -size + k]] for k in range(size)]).sum().exp())
 
 
 def test_the_edited_model_answers_as_asked_and_is_the_old_one_afterwards(model: Any, edit: FactEdit) -> None:
@@ -54,6 +56,15 @@ def test_the_edited_model_answers_as_asked_and_is_the_old_one_afterwards(model: 
         assert set(changed.nonzero()[:, 0].tolist()) == set(edit.addresses.tolist())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters()) and num_hooks(model) == 0
+
+
+def test_the_edit_is_made_of_interventions(model: Any, edit: FactEdit) -> None:
+    again = [from_dict(json.loads(json.dumps(change.to_dict()))) for change in edit.interventions()]
+    with edit.applied(model):
+        table = model.model.layers[2].memory.values.detach().clone()
+    with intervened(model, *again):
+        assert torch.equal(model.model.layers[2].memory.values, table)
+    np.testing.assert_array_equal(table[edit.addresses], edit.values)
 
 
 def test_the_rows_are_those_that_the_prompt_reads_most(model: Any, edit: FactEdit) -> None:
@@ -136,7 +147,9 @@ def test_a_fact_of_the_shipped_model_in_one_line() -> None:
     assert edit.previous_answer.startswith(" Japan") and edit.achieved and edit.layer == 3
     with edit.applied(model):
         ids = torch.tensor([tokenizer.encode("Q: country of Osaka? A:", add_special_tokens=False)])
-        written = model.generate(ids, max_new_tokens=len(tokenizer.encode(" Kenya")), do_sample=False)
+        written = cast(Any, model).generate(
+            ids, max_new_tokens=len(tokenizer.encode(" Kenya")), do_sample=False
+        )
     assert tokenizer.decode(written[0, ids.shape[1] :]) == " Kenya"
 
 
