@@ -140,7 +140,7 @@ def edit_fact(
         confidence: stop when every token of the answer has this probability.
 
     Raises:
-        ValueError: the model has no memory (in that block), or prompt or answer hold no token.
+        ValueError: the model has no memory (in that block) or it is switched off, or prompt or answer hold no token.
     """
     layer, path = _memory(model, layer)
     prompt_ids, answer_ids = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer))
@@ -148,9 +148,11 @@ def edit_fact(
         raise ValueError(f"prompt and answer need at least one token each, got {prompt!r} and {answer!r}")
     ids = torch.tensor([prompt_ids + answer_ids[:-1]], device=model.device)
     target_A = torch.tensor(answer_ids, device=model.device)
-    with model_lock(model), _weights_frozen(model):
+    with model_lock(model), _weights_frozen(model), torch.enable_grad():
         with _lookups(path) as seen, torch.no_grad():
             before_AV = _predictions(model, ids, len(answer_ids))
+        if not seen:
+            raise ValueError(f"the memory of block {layer} is switched off (set_path_scale)")
         previous_answer = str(tokenizer.decode(_greedy(model, prompt_ids, len(answer_ids))))
         prompt_reads = Lookup(*(field[:, : len(prompt_ids)] for field in seen[0]))
         addresses_R, reads_TR = _most_read(prompt_reads, num_rows)

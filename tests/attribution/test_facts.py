@@ -1,6 +1,8 @@
 """Editing a fact: what is written, what it does, and what it leaves alone."""
 
 import json
+import subprocess
+import sys
 from typing import Any, cast
 
 import numpy as np
@@ -161,3 +163,13 @@ def test_what_cannot_be_edited_is_refused(model: Any) -> None:
         edit_fact(model, tokens, PROMPT, "")
     with pytest.raises(ValueError, match="this model has no memory to edit"):
         edit_fact(lively_model(memory_layers=[]), tokens, PROMPT, ANSWER)
+    silent = lively_model()
+    silent.set_path_scale("memory", 0.0)
+    with pytest.raises(ValueError, match="the memory of block 2 is switched off"):
+        edit_fact(silent, tokens, PROMPT, ANSWER)
+
+
+def test_attribution_needs_nothing_of_the_lab() -> None:
+    code = "import sys, hydra_lab.attribution; print(*{'plotly', 'xarray', 'zarr', 'nnsight'} & {*sys.modules})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""

@@ -105,3 +105,6 @@ def test_what_is_not_there_is_refused() -> None:
         ssm_attention(model, ids, 4)
     with pytest.raises(ValueError, match=r"heads \[4\] are not among the heads 0 to 3"):
         ssm_attention(model, ids, 0, heads=[1, 4])
+    model.set_path_scale("ssm", 0.0)
+    with pytest.raises(ValueError, match="the ssm path of block 1 is switched off"):
+        ssm_attention(model, ids, 1)
