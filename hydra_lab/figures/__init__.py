@@ -1,4 +1,5 @@
-"""From results to plotly figures: every result of `hydra_lab.metrics` has a figure function of its metric's name.
+"""From results to plotly figures: every result of `hydra_lab.metrics` and `hydra_lab.attribution` has a figure function
+of the name of the function that made it.
 
 Each takes `theme` ("light" or "dark") and, where it shows decisions of a path, `path_use`; none of them shows anything:
 display the `go.Figure` that it returns.
@@ -7,6 +8,14 @@ display the `go.Figure` that it returns.
 from hydra_lab.figures.attention import hit_rate as hit_rate
 from hydra_lab.figures.attention import mass_by_kind as mass_by_kind
 from hydra_lab.figures.attention import selection_use as selection_use
+from hydra_lab.figures.attribution import activation_patching as activation_patching
+from hydra_lab.figures.attribution import decision_gradients as decision_gradients
+from hydra_lab.figures.attribution import direct_logit_attribution as direct_logit_attribution
+from hydra_lab.figures.attribution import edit_fact as edit_fact
+from hydra_lab.figures.attribution import logit_lens as logit_lens
+from hydra_lab.figures.attribution import path_patching as path_patching
+from hydra_lab.figures.attribution import specificity as specificity
+from hydra_lab.figures.attribution import ssm_attention as ssm_attention
 from hydra_lab.figures.contexts import top_contexts as top_contexts
 from hydra_lab.figures.export import NoBrowserError as NoBrowserError
 from hydra_lab.figures.export import write_html as write_html
