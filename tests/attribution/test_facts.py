@@ -170,6 +170,8 @@ def test_what_cannot_be_edited_is_refused(model: Any) -> None:
 
 
 def test_attribution_needs_nothing_of_the_lab() -> None:
-    code = "import sys, hydra_lab.attribution; print(*{'plotly', 'xarray', 'zarr', 'nnsight'} & {*sys.modules})"
+    code = (
+        "import sys, hydra_lab.attribution; print(*{'plotly', 'xarray', 'zarr', 'nnsight'} & {*sys.modules})"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
