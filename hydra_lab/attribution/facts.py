@@ -1,8 +1,14 @@
 """Edit a fact: write value rows of the product-key memory so that one prompt is answered otherwise, and see what else
 changes.
 
-Shape suffixes: B rows, L positions, H heads, K entries of the top-k, R edited rows, V value width, A tokens
-of the answer.
+In the shipped model (python -m tests.attribution.fact_editing: 20 known facts get the answer of another one, 16 rows
+each) 19 edits are answered as asked and 12 in another phrasing too; of 85 other facts that it knows 99.7% stay, of the
+20 nearest ones (same subject, names that begin alike) 97%; held-out text moves by 0.0005 nats a token. Such an edit
+acts at the subject's name, where the gate is open; a fact whose prompt hardly opens it needs rows several times their
+old length, and holds less often in another phrasing.
+
+Shape suffixes: B rows, L positions, H heads, K entries of the top-k, R edited rows, V value width, A tokens of the
+answer.
 """
 
 from collections.abc import Iterator, Sequence
