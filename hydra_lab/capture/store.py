@@ -12,7 +12,7 @@ import io
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import xarray as xr
@@ -193,7 +193,7 @@ def _write_summary(root: zarr.Group, slot: str, summary: Summary) -> None:
     """Write a slot: one array that holds the bytes of an npz file, in one chunk, so that a reader finds it whole."""
     packed = io.BytesIO()
     named = {f"{group}/{name}": array for group, arrays in summary.items() for name, array in arrays.items()}
-    np.savez(packed, **named)
+    cast(Any, np.savez)(packed, **named)
     data = np.frombuffer(packed.getbuffer(), dtype=np.uint8)
     slots = root.require_group(SUMMARY)
     array = slots.get(slot)
