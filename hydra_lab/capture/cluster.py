@@ -90,6 +90,9 @@ def on_cluster(
                 threads_per_worker=1,
                 processes=True,
                 dashboard_address=None,
+                scheduler_kwargs={
+                    "dashboard_address": "127.0.0.1:0"
+                },  # else it wants one port, which may be taken
                 memory_limit=None,
                 silence_logs=logging.CRITICAL,  # a death is retried, and a failure is raised here
                 env=_WORKER_ENVIRONMENT,

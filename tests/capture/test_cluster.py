@@ -21,6 +21,7 @@ from tests.helpers import lively_model
 distributed = pytest.importorskip("distributed", reason="the extra `scale` is not installed")
 
 COMMIT = 2  # samples; twelve of them make six commits
+QUIET: dict[str, Any] = {"dashboard_address": None, "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"}}
 PATIENCE = 120  # seconds
 CHANGES = ("moe[0].ablate(expert=2)", "memory[2].beta(value=0.5)")
 """All captures here run with these, so workers must make them too."""
@@ -49,7 +50,7 @@ def client() -> Iterator[Any]:
     """Of a cluster of two worker processes, for the tests that need not start their own."""
     with (
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
+            n_workers=2, threads_per_worker=1, silence_logs=logging.CRITICAL, **QUIET
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):
@@ -143,8 +144,8 @@ from tests.capture.shared import run
 from tests.helpers import lively_model
 if __name__ == "__main__":
     kill = lambda done: done.samples > 4 and os.kill(os.getpid(), signal.SIGKILL)
-    run(lively_model(), Path({str(texts)!r}), Path({str(tmp_path / "run.zarr")!r}), commit={COMMIT}, interventions={CHANGES}, workers=2,
-        threads=1, progress=kill)
+    run(lively_model(), Path({str(texts)!r}), Path({str(tmp_path / "run.zarr")!r}), commit={COMMIT},
+        interventions={CHANGES}, workers=2, threads=1, progress=kill)
 """
     died = subprocess.run(
         [sys.executable, "-c", code],
