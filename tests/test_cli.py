@@ -82,6 +82,10 @@ BAD_INPUT: list[tuple[list[str], str]] = [
     (["generate", "NANO", "text", "--intervene-file", "nosuch.json"], "nosuch.json"),
     (["generate", "NANO", "text", "--intervene-file", "TEXT"], "is not a JSON list of interventions"),
     (
+        ["capture", "NANO", "TEXT", "--out", "OUT", "--workers", "2", "--scheduler", "tcp://nowhere:1"],
+        "give one of them",
+    ),
+    (
         ["capture", "NANO", "TEXT", "--out", "OUT", "--intervene", "ssm[0].scale_decay(head=9, factor=2)"],
         "head 9",
     ),
@@ -217,6 +221,13 @@ def test_capture_writes_what_open_capture_reads(nano: str, text: str, tmp_path: 
     assert told["groups"] == list(capture.groups)
     resumed = answer("capture", nano, text, "--out", str(out), "--sequence-length", "128", "--resume")
     assert resumed == told
+
+
+def test_capture_keeps_a_summary_alone(nano: str, text: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.zarr"
+    told = answer("capture", nano, text, "--out", str(out), "--signals", "summary")
+    assert told["groups"] == ["tokens"]
+    assert int(open_capture(out).summary["routing"]["first"].sum()) > 0
 
 
 def test_capture_records_a_changed_model(nano: str, text: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from distributed import Client, Future, KilledWorker, LocalCluster
@@ -84,11 +84,15 @@ def on_cluster(
         directory = job.path.with_name(f".{job.path.name}.model-for-workers")
         stored = stack.enter_context(_stored(model, directory))
         if scheduler is None:
-            cluster: Any = LocalCluster(
+            start: Any = LocalCluster  # its parameters are typed by their defaults
+            cluster = start(
                 n_workers=workers,
                 threads_per_worker=1,
                 processes=True,
                 dashboard_address=None,
+                scheduler_kwargs={
+                    "dashboard_address": "127.0.0.1:0"
+                },  # else it wants one port, which may be taken
                 memory_limit=None,
                 silence_logs=logging.CRITICAL,  # a death is retried, and a failure is raised here
                 env=_WORKER_ENVIRONMENT,
@@ -96,7 +100,7 @@ def on_cluster(
             stack.enter_context(cluster)
         else:
             cluster = scheduler
-        client = stack.enter_context(Client(cluster, timeout=WAIT_SECONDS, set_as_default=False))
+        client: Any = stack.enter_context(Client(cluster, timeout=WAIT_SECONDS, set_as_default=False))
         client.wait_for_workers(1, timeout=WAIT_SECONDS)
         if scheduler is not None:
             _check_versions(client, scheduler)
@@ -112,7 +116,7 @@ def on_cluster(
 
 
 def _in_order(
-    client: Client,
+    client: Any,
     job: Job,
     stored: StoredModel,
     todo: Iterator[Commit],
@@ -222,7 +226,7 @@ def _load(stored: StoredModel) -> HydraForCausalLM:
                 model: HydraForCausalLM = HydraForCausalLM.from_pretrained(
                     stored.directory, dtype=stored.dtype, local_files_only=True
                 )
-            model = model.to(stored.device).eval()
+            model = cast(Any, model).to(stored.device).eval()
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = tensor.data.clone()  # not mapped to a file that goes when the capture is done
             if hash_weights(model) != stored.weights_sha256:

@@ -185,7 +185,7 @@ def _blocks(
     first: Compared, second: Compared, group: str, name: str
 ) -> Iterator[tuple[slice, tuple[Array, Array]]]:
     """The same rows of an array of both, a few samples at a time."""
-    ours, theirs = first[group][name], second[group][name]
+    ours, theirs = first.plain(group)[name], second.plain(group)[name]
     for start in range(0, ours.sizes["sample"], SAMPLES_AT_ONCE):
         rows = slice(start, start + SAMPLES_AT_ONCE)
         yield rows, (ours.isel(sample=rows).to_numpy(), theirs.isel(sample=rows).to_numpy())

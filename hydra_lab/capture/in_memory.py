@@ -28,6 +28,10 @@ class InMemoryCapture(dict[str, xr.Dataset]):
         self.attributes = attributes
         self.domains = domains
 
+    def plain(self, group: str) -> xr.Dataset:
+        """One group; as `self[group]`."""
+        return self[group]
+
 
 def capture_batch(
     model: HydraForCausalLM,

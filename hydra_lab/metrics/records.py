@@ -44,8 +44,8 @@ class CaptureLike(Protocol):
         """Domain label of each sample."""
         ...
 
-    def __getitem__(self, group: str, /) -> xr.Dataset:
-        """One group (see `hydra_lab.capture.layout`)."""
+    def plain(self, group: str) -> xr.Dataset:
+        """One group, not in Dask's chunks (see `hydra_lab.capture.layout`)."""
         ...
 
 
@@ -65,7 +65,7 @@ class SummarizedCapture(Protocol):
 
 def layers_of(capture: CaptureLike, group: str) -> tuple[int, ...]:
     """The blocks that a group was captured in."""
-    return tuple(int(layer) for layer in capture[group]["layer"].to_numpy())
+    return tuple(int(layer) for layer in capture.plain(group)["layer"].to_numpy())
 
 
 def routing_record(
@@ -84,7 +84,7 @@ def routing_record(
         logits: whether to read the router's logits too (`routing_margin` needs them).
         tokens: whether to read the token ids too (`expert_by_token_class` needs them).
     """
-    group = capture["routing"].isel(sample=samples)
+    group = capture.plain("routing").isel(sample=samples)
     return RoutingRecord(
         layers=layers_of(capture, "routing"),
         experts=_array(group, "experts", "layer", "sample", "chunk", "rank").astype(np.int64),
@@ -94,7 +94,7 @@ def routing_record(
         domains=_domains(capture, samples),
         weights=_array(group, "weights", "layer", "sample", "position", "rank") if weights else None,
         logits=_array(group, "logits", "layer", "sample", "chunk", "expert") if logits else None,
-        tokens=_array(capture["tokens"].isel(sample=samples), "token", "sample", "position")
+        tokens=_array(capture.plain("tokens").isel(sample=samples), "token", "sample", "position")
         if tokens
         else None,
     )
@@ -134,7 +134,7 @@ def lookup_record(capture: CaptureLike, layer: int, *, samples: Rows = ALL) -> L
         addresses=_array(group, "addresses", "sample", "position", "head", "k"),
         weights=_array(group, "weights", "sample", "position", "head", "k"),
         gate=_array(group, "gate", "sample", "position"),
-        tokens=_array(capture["tokens"].isel(sample=samples), "token", "sample", "position"),
+        tokens=_array(capture.plain("tokens").isel(sample=samples), "token", "sample", "position"),
         length=_length(capture, samples),
         domains=_domains(capture, samples),
         num_keys=(int(n1), int(n2)),
@@ -185,7 +185,7 @@ def selection_record(capture: CaptureLike, layer: int, *, samples: Rows = ALL) -
 def captured_path_use(capture: CaptureLike, *, samples: Rows = ALL) -> PathUse:
     """Share and cosine of every path over the captured tokens; a capture does not know what cutting a path
     costs."""
-    group = capture["paths"].isel(sample=samples)
+    group = capture.plain("paths").isel(sample=samples)
     fields = {name: _array(group, name, "sample", "layer", "path") for name in ("share", "cosine")}
     paths = tuple(str(path) for path in group["path"].to_numpy())
     return _path_use(
@@ -231,7 +231,7 @@ def _block(capture: CaptureLike, group: str, layer: int, samples: Rows) -> xr.Da
     layers = layers_of(capture, group)
     if layer not in layers:
         raise ValueError(f"block {layer} has no {group}; blocks {', '.join(map(str, layers))} have")
-    return capture[group].isel(sample=samples, layer=layers.index(layer))
+    return capture.plain(group).isel(sample=samples, layer=layers.index(layer))
 
 
 def _array(group: xr.Dataset, name: str, *dims: str) -> NDArray[Any]:
@@ -239,10 +239,9 @@ def _array(group: xr.Dataset, name: str, *dims: str) -> NDArray[Any]:
 
 
 def _length(capture: CaptureLike, samples: Rows) -> IntArray:
-    return _array(capture["tokens"].isel(sample=samples), "length", "sample").astype(np.int64)
+    return _array(capture.plain("tokens").isel(sample=samples), "length", "sample").astype(np.int64)
 
 
 def _domains(capture: CaptureLike, samples: Rows) -> tuple[str, ...]:
-    if isinstance(samples, slice):
-        return capture.domains[samples]
-    return tuple(capture.domains[row] for row in samples)
+    labels = capture.domains  # reads them from disk, so once
+    return labels[samples] if isinstance(samples, slice) else tuple(labels[row] for row in samples)

@@ -21,7 +21,10 @@ from tests.helpers import lively_model
 distributed = pytest.importorskip("distributed", reason="the extra `scale` is not installed")
 
 COMMIT = 2  # samples; twelve of them make six commits
+QUIET: dict[str, Any] = {"dashboard_address": None, "scheduler_kwargs": {"dashboard_address": "127.0.0.1:0"}}
 PATIENCE = 120  # seconds
+CHANGES = ("moe[0].ablate(expert=2)", "memory[2].beta(value=0.5)")
+"""All captures here run with these, so workers must make them too."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(model: Any, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Capture:
     """What one process writes."""
-    return run(model, texts, tmp_path_factory.mktemp("out") / "run.zarr", commit=COMMIT)
+    return run(
+        model, texts, tmp_path_factory.mktemp("out") / "run.zarr", commit=COMMIT, interventions=CHANGES
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def client() -> Iterator[Any]:
     """Of a cluster of two worker processes, for the tests that need not start their own."""
     with (
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
+            n_workers=2, threads_per_worker=1, silence_logs=logging.CRITICAL, **QUIET
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):
@@ -69,7 +74,15 @@ def test_a_cluster_writes_what_one_process_writes(
 ) -> None:
     told: list[CaptureProgress] = []
     out = tmp_path / "run.zarr"
-    shared = run(model, texts, out, commit=COMMIT, scheduler=address(client), progress=told.append)
+    shared = run(
+        model,
+        texts,
+        out,
+        commit=COMMIT,
+        interventions=CHANGES,
+        scheduler=address(client),
+        progress=told.append,
+    )
     assert_identical(shared, alone)
     assert [done.samples for done in told] == [2, 4, 6, 8, 10, 12]
     assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"], (
@@ -97,7 +110,9 @@ def test_a_worker_that_stands_still(
 
     def capture() -> None:
         tokenizer = StoppingTokenizer()
-        finished.append(run(model, texts, out, tokenizer=tokenizer, commit=COMMIT, scheduler=where))
+        finished.append(
+            run(model, texts, out, tokenizer=tokenizer, commit=COMMIT, interventions=CHANGES, scheduler=where)
+        )
 
     thread = threading.Thread(target=capture)
     try:
@@ -129,8 +144,8 @@ from tests.capture.shared import run
 from tests.helpers import lively_model
 if __name__ == "__main__":
     kill = lambda done: done.samples > 4 and os.kill(os.getpid(), signal.SIGKILL)
-    run(lively_model(), Path({str(texts)!r}), Path({str(tmp_path / "run.zarr")!r}), commit={COMMIT}, workers=2,
-        threads=1, progress=kill)
+    run(lively_model(), Path({str(texts)!r}), Path({str(tmp_path / "run.zarr")!r}), commit={COMMIT},
+        interventions={CHANGES}, workers=2, threads=1, progress=kill)
 """
     died = subprocess.run(
         [sys.executable, "-c", code],
@@ -143,9 +158,19 @@ if __name__ == "__main__":
     partial = open_capture(tmp_path / "run.zarr")
     assert partial.num_samples == 4 and not partial.complete
     shutil.copytree(tmp_path / "run.zarr", tmp_path / "again.zarr")
-    assert_identical(run(model, texts, tmp_path / "run.zarr", commit=COMMIT, resume=True), alone)
+    assert_identical(
+        run(model, texts, tmp_path / "run.zarr", commit=COMMIT, interventions=CHANGES, resume=True), alone
+    )
     where = address(client)
-    resumed = run(model, texts, tmp_path / "again.zarr", commit=COMMIT, resume=True, scheduler=where)
+    resumed = run(
+        model,
+        texts,
+        tmp_path / "again.zarr",
+        commit=COMMIT,
+        interventions=CHANGES,
+        resume=True,
+        scheduler=where,
+    )
     assert_identical(resumed, alone)
 
 
@@ -183,7 +208,11 @@ def test_a_full_disk(
     small_disk: Callable[[int], Path],
     on_cluster: bool,
 ) -> None:
-    options = {"commit": COMMIT, "scheduler": address(client) if on_cluster else None}
+    options: dict[str, Any] = {
+        "commit": COMMIT,
+        "interventions": CHANGES,
+        "scheduler": address(client) if on_cluster else None,
+    }
     weights = sum(tensor.nbytes for tensor in model.state_dict().values()) if on_cluster else 0
     disk = small_disk(int(0.85 * size_on_disk(alone.path)) + weights)
     with pytest.raises(

@@ -13,6 +13,7 @@ import zarr
 
 from hydra_lab.capture import Capture, CaptureProgress, open_capture, record
 from hydra_lab.capture.store import CaptureWriter
+from hydra_lab.interventions import from_dict, intervened, parse
 from hydra_lab.summaries import merge, summarize
 from hydra_lab.taps import PATHS
 from tests.capture.shared import COMMIT, LENGTH, arrays, assert_identical, run, write_texts
@@ -242,7 +243,9 @@ def test_signals_are_chosen(model: Any, texts: Path, tmp_path: Path) -> None:
 
 
 def test_the_summary_is_that_of_the_commits_in_order(once: Capture) -> None:
-    rows = {(group, name): array.values for group in once for name, array in once[group].data_vars.items()}
+    rows = {
+        (group, str(name)): array.values for group in once for name, array in once[group].data_vars.items()
+    }
     parts = [
         summarize(
             {key: array[first : first + COMMIT] for key, array in rows.items()},
@@ -273,6 +276,20 @@ def test_a_summary_alone(once: Capture, model: Any, texts: Path, tmp_path: Path)
     without = run(model, texts, tmp_path / "without.zarr", signals=("routing",))
     with pytest.raises(ValueError, match="keeps no summary: it was captured without the signal 'summary'"):
         _ = without.summary
+
+
+def test_interventions_are_made_and_noted(model: Any, texts: Path, tmp_path: Path) -> None:
+    """Given by name, or in force already: the same capture, which says what was done."""
+    text = "moe[0].force(expert=3); memory[2].cut()"
+    named = run(model, texts, tmp_path / "named.zarr", interventions=[text], limit_tokens=40)
+    with intervened(model, text):
+        in_force = run(model, texts, tmp_path / "in_force.zarr", limit_tokens=40)
+    assert_identical(named, in_force)
+    assert (named["routing"].experts.values[:, 0, :3] == 3).all()
+    assert np.abs(named["paths"].share.sel(path="memory").values[:, 2]).max() == 0
+    assert tuple(map(from_dict, named.attributes["interventions"])) == tuple(parse(text))
+    with pytest.raises(ValueError, match="made with another interventions"):
+        run(model, texts, tmp_path / "named.zarr", limit_tokens=40, resume=True)
 
 
 def test_a_full_disk(once: Capture, model: Any, texts: Path, tmp_path: Path) -> None:
@@ -340,7 +357,7 @@ def test_what_is_refused(model: Any, texts: Path, tmp_path: Path) -> None:
         run(model, texts, out, resume=True, signals=("ssm",))
     with pytest.raises(ValueError, match="made with another weights_sha256"):
         run(lively_model(seed=1), texts, out, resume=True, signals=(), limit_tokens=5)
-    for options, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"sequence_length": 0}, "sequence_length must be at least 1"),
         ({"limit_tokens": 0}, "limit_tokens must be at least 1"),
@@ -348,7 +365,9 @@ def test_what_is_refused(model: Any, texts: Path, tmp_path: Path) -> None:
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"workers": 2, "scheduler": "tcp://x:1"}, "give one of them"),
         ({"signals": ("experts",)}, "signal 'experts' is not one of routing, attention"),
-    ):
+        ({"interventions": ["moe[1].ablate(expert=0)"]}, "block 1 has no moe path"),
+    ]
+    for options, message in refused:
         with pytest.raises(ValueError, match=message):
             run(model, texts, tmp_path / "more.zarr", **options)
     assert not (tmp_path / "more.zarr").exists()
