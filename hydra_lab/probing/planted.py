@@ -128,3 +128,13 @@ def tie_experts(
                 moe.gate_up_proj[expert] = 0.0
                 moe.gate_up_proj[expert, 0, 0] = moe.gate_up_proj[expert, hidden, 0] = sign  # silu(|x|) |x|
                 moe.down_proj[expert, 0, 0] = sign * strength
+
+
+def forget_at_once(model: HydraForCausalLM) -> None:
+    """Let the state of the ssm decay within a token, so that nothing of the model tells how far into a text it is."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("ssm.A_log"):
+                parameter.fill_(float(np.log(16.0)))
+            elif name.endswith("ssm.dt_bias"):
+                parameter.fill_(2.0)  # with A = -16 a state keeps e^-34 of itself

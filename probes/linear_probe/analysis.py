@@ -198,10 +198,16 @@ def best_of(scores: list[SiteScore]) -> KindScore:
     return KindScore(best, float(null_W.mean()), float(p_value))
 
 
-def directions(features_OF: NDArray[np.float32], task: Task, fit: Ints, *, ridge: float) -> Floats:
-    """[rank, F] orthonormal directions that a probe fitted on the observations `fit` reads the label from."""
+def directions(
+    features_OF: NDArray[np.float32], label_O: Floats, task: Task, fit: Ints, *, ridge: float
+) -> Floats:
+    """[rank, F] orthonormal directions that a probe fitted on the observations `fit` reads the label from.
+
+    Args:
+        label_O: the task's, or a permutation of it.
+    """
     scaler = StandardScaler().fit(features_OF[fit])
-    label = task.label[fit]
+    label = label_O[fit]
     targets = (label[:, None] == np.arange(task.num_classes)) if task.kind == "class" else label[:, None]
     model = Ridge(alpha=ridge, solver="cholesky").fit(
         scaler.transform(features_OF[fit]), targets.astype(np.float64)
@@ -214,13 +220,6 @@ def orthonormal(vectors: Floats) -> Floats:
     """[rank, F] orthonormal basis of what the rows span."""
     _, size, basis = np.linalg.svd(vectors.astype(np.float64), full_matrices=False)
     return basis[size > 1e-6 * max(float(size.max()), 1e-300)]
-
-
-def random_directions(features_OF: NDArray[np.float32], rank: int, rng: np.random.Generator) -> Floats:
-    """[rank, F] orthonormal directions drawn from the observations' own spread: random mixtures of their deviations
-    from the mean."""
-    centred = features_OF - features_OF.mean(axis=0)
-    return orthonormal(rng.standard_normal((rank, len(centred))) @ centred)
 
 
 def sign_test(differences_N: Floats, num_flips: int, rng: np.random.Generator) -> float:

@@ -52,17 +52,11 @@ def sites_of(model: HydraForCausalLM) -> tuple[Site, ...]:
     return tuple(Site(kind, layer) for kind in KINDS for layer in layers[kind])
 
 
-@dataclass(frozen=True, eq=False)
-class Features:
-    """Observations of a task at every site.
+PROJECTED = ("state", "slots")
+"""Kinds of many thousand numbers, of which a random projection is looked at."""
 
-    Attributes:
-        values: site -> [O, F] fp32.
-        projection: site -> [width, F] where the site was projected.
-    """
-
-    values: dict[Site, NDArray[np.float32]]
-    projection: dict[Site, NDArray[np.float32]]
+Features = dict[Site, NDArray[np.float32]]
+"""Observations [O, F] of a task at every site."""
 
 
 def collect(
@@ -70,7 +64,7 @@ def collect(
 ) -> Features:
     """Run the model on a task's samples and keep what stands at its positions.
 
-    A site that is wider than `most_features` is projected at random to that width (Johnson and Lindenstrauss 1984),
+    States and slots wider than `most_features` are projected at random to that width (Johnson and Lindenstrauss 1984),
     with the same matrix for every observation, drawn without a look at the data.
 
     Raises:
@@ -90,14 +84,14 @@ def collect(
         position = torch.from_numpy(task.position[here])
         for site, seen in _look(model, input_ids, attention_mask, row, position).items():
             flat = seen.flatten(1).float().cpu().numpy()
-            if flat.shape[1] > most_features:
+            if site.kind in PROJECTED and flat.shape[1] > most_features:
                 if site not in projection:
                     rng = np.random.default_rng([seed, KINDS.index(site.kind), site.layer])
                     drawn = rng.standard_normal((flat.shape[1], most_features), dtype=np.float32)
                     projection[site] = drawn / np.float32(np.sqrt(most_features))
                 flat = flat @ projection[site]
             parts[site].append(flat)
-    return Features({site: np.concatenate(values) for site, values in parts.items()}, projection)
+    return {site: np.concatenate(values) for site, values in parts.items()}
 
 
 def _last(task: Task) -> NDArray[np.int64]:
