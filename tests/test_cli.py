@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from hydra_lab import HydraConfig, HydraForCausalLM
+from hydra_lab import HydraConfig, HydraForCausalLM, load, open_capture
 from hydra_lab.cli import app, lab
 from hydra_lab.cli.rules import explain
 
@@ -74,6 +74,17 @@ BAD_INPUT: list[tuple[list[str], str]] = [
     (["generate", "NANO", ""], "the prompt is empty"),
     (["generate", "NANO", "text", "--top-k", "3"], "--temperature"),
     (["generate", "NANO", "text", "--max-new-tokens", "0"], "--max-new-tokens"),
+    (["generate", "NANO", "text", "--intervene", "moe[0].fly()"], "moe has no action 'fly'"),
+    (
+        ["generate", "NANO", "text", "--intervene", "moe[9].cut()"],
+        "block 9 has no moe path; blocks [0, 2] have one",
+    ),
+    (["generate", "NANO", "text", "--intervene-file", "nosuch.json"], "nosuch.json"),
+    (["generate", "NANO", "text", "--intervene-file", "TEXT"], "is not a JSON list of interventions"),
+    (
+        ["capture", "NANO", "TEXT", "--out", "OUT", "--intervene", "ssm[0].scale_decay(head=9, factor=2)"],
+        "head 9",
+    ),
     (["accounting"], "either a model or --preset"),
     (["accounting", "--preset", "huge"], "'huge'"),
     (["accounting", "--preset", "nano", "--context", "0"], "0"),
@@ -166,6 +177,27 @@ def test_sampling_repeats_with_its_seed(nano: str) -> None:
     assert first != other
 
 
+def test_generate_runs_a_changed_model(nano: str, tmp_path: Path) -> None:
+    file = tmp_path / "changes.json"
+    file.write_text('["ssm[1].cut()"]')
+    told = answer(
+        "generate", nano, "The fox", "--max-new-tokens", "5", "--intervene-file", str(file),
+        "--intervene", "ssm[0].cut(); ssm[2].scale(factor=-1)", "--intervene", "ssm[3].scale(factor=0.5)",
+    )  # fmt: skip
+    assert told["interventions"] == [
+        "ssm[1].cut()", "ssm[0].cut()", "ssm[2].scale(factor=-1.0)", "ssm[3].scale(factor=0.5)",
+    ]  # fmt: skip
+    model, tokenizer = load(nano)
+    with torch.no_grad():
+        for index, factor in enumerate((0.0, 0.0, -1.0, 0.5)):
+            model.model.blocks[index].gates["ssm"] *= factor
+    changed: Any = model
+    ids = tokenizer("The fox", return_tensors="pt")["input_ids"]
+    expected = changed.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert told["tokens"] == expected.tolist()
+    assert told["tokens"] != answer("generate", nano, "The fox", "--max-new-tokens", "5")["tokens"]
+
+
 def test_info_measures_path_use_and_keeps_it(nano: str, text: str) -> None:
     assert answer("info", nano)["path_use"] is None
     measured = answer("info", nano, "--text", text, "--samples", "2", "--record")["path_use"]
@@ -178,8 +210,6 @@ def test_info_measures_path_use_and_keeps_it(nano: str, text: str) -> None:
 
 
 def test_capture_writes_what_open_capture_reads(nano: str, text: str, tmp_path: Path) -> None:
-    from hydra_lab import open_capture
-
     out = tmp_path / "run.zarr"
     told = answer("capture", nano, text, "--out", str(out), "--sequence-length", "128")
     capture = open_capture(out)
@@ -187,6 +217,13 @@ def test_capture_writes_what_open_capture_reads(nano: str, text: str, tmp_path: 
     assert told["groups"] == list(capture.groups)
     resumed = answer("capture", nano, text, "--out", str(out), "--sequence-length", "128", "--resume")
     assert resumed == told
+
+
+def test_capture_records_a_changed_model(nano: str, text: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.zarr"
+    answer("capture", nano, text, "--out", str(out), "--intervene", "moe[*].force(expert=3)")
+    routing = open_capture(out)["routing"].experts.values
+    assert set(routing[routing < 4].tolist()) == {3}  # what lies past a sample's end holds no expert
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hydra_lab import metrics
 from hydra_lab.capture import record
 from hydra_lab.capture.path_use import batches, sample_losses
 from hydra_lab.data.samples import Samples
+from hydra_lab.interventions import AblateExpert, intervened
 from hydra_lab.locks import model_lock
 from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.taps import Routing
@@ -69,26 +70,6 @@ def observe_routing(model: HydraForCausalLM, samples: Samples, *, batch_size: in
     return ObservedRouting(routing, logits)
 
 
-@contextmanager
-def without_experts(model: HydraForCausalLM, layer: int, experts: Sequence[int]) -> Iterator[None]:
-    """Within the context, `experts` of block `layer` add nothing: their weight is written to 0 at the routing tap,
-    while the other experts of the chunk keep theirs."""
-
-    def remove(_module: object, _inputs: object, decision: Routing) -> Routing:
-        chunk = model.config.moe_chunk_size
-        chosen = decision.experts.repeat_interleave(chunk, dim=1)[:, : decision.weights.shape[1]]
-        weights = decision.weights
-        for expert in experts:
-            weights = weights.masked_fill(chosen.eq(expert), 0.0)
-        return decision._replace(weights=weights)
-
-    handle = model.get_submodule(f"model.layers.{layer}.moe.routing").register_forward_hook(remove)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def costs_of_removal(
     model: HydraForCausalLM,
     samples: Samples,
@@ -99,6 +80,8 @@ def costs_of_removal(
     progress: Callable[[str], None],
 ) -> NDArray[np.float64]:
     """[R, N] loss of each sample without the experts of each removal minus its loss with all, nats per token.
+
+    An expert that is removed adds nothing, while the other experts of the chunk keep their weights.
 
     Args:
         removals: (block, experts) of each of the R removals.
@@ -113,7 +96,8 @@ def costs_of_removal(
         progress(f"block {layer} without expert {named}: {len(rows)} of {len(samples)} samples use it")
         if len(rows) == 0:
             continue
-        with model_lock(model), without_experts(model, layer, experts):
+        changes = [AblateExpert(block=layer, expert=expert, renormalize=False) for expert in experts]
+        with intervened(model, *changes):
             losses = sample_losses(model, samples.take(rows), batch_size=batch_size)
         cost_RN[r, rows] = losses - intact_N[rows]
     return cost_RN
