@@ -16,7 +16,6 @@ from hydra_lab.cli.rules import (
     load_model,
     print_json,
     require,
-    without_progress_bars,
 )
 
 commands = typer.Typer()
