@@ -117,7 +117,7 @@ def cost_of_each_expert(
         routing: the model's on the same samples.
     """
     removals = [(layer, (expert,)) for layer in routing.layers for expert in range(routing.num_experts)]
-    used_YNE = routing.chosen.any(axis=2)
+    used_YNE = np.asarray(routing.chosen.any(axis=2))
     affected_RN = np.moveaxis(used_YNE, 2, 1).reshape(len(removals), len(samples))
     costs_RN = costs_of_removal(
         model, samples, removals, affected_RN, batch_size=batch_size, progress=progress

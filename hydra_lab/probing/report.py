@@ -83,7 +83,9 @@ def write_report(
     for run, alone in zip(shown, runs, strict=True):
         record = calibrations.get(run.result.study)
         folder = (figures_at or {}).get(run.result.study, "figures")
-        parts.append(_study(run, alone.result, record, run.result.study in set(outdated), folder))
+        heading = "" if len(results) == 1 else f"<h2>{_text(run.result.question)}</h2>"
+        is_outdated = run.result.study in set(outdated)
+        parts.append(_study(run, alone.result, heading, record, is_outdated=is_outdated, folder=folder))
     parts.append(_glossary())
     parts.append(_environment(first.environment))
     path.write_text(_page(title, first.model, "\n".join(parts)), encoding="utf-8")
@@ -96,8 +98,8 @@ def verdict_in_a_sentence(result: StudyResult) -> str:
         return result.findings[0].verdict if result.findings else "Nothing could be measured."
     shown = [finding for finding in tested if finding.is_claimed(LEVEL)]
     if not shown:
-        return f"Nothing is shown: none of the {counted(len(tested), 'test')} stands out from chance."
-    return f"{len(shown)} of {counted(len(tested), 'test')} shown. {leading_finding(result).verdict}"
+        return f"Nothing is shown: none of the {counted(len(tested), 'finding')} stands out from chance."
+    return f"{len(shown)} of {counted(len(tested), 'finding')} shown. {leading_finding(result).verdict}"
 
 
 def leading_finding(result: StudyResult) -> Finding:
@@ -154,7 +156,13 @@ def _missing(reasons: Mapping[str, str], said: str, *, warn: bool = False) -> st
 
 
 def _study(
-    run: StudyRun, alone: StudyResult, record: CalibrationRecord | None, is_outdated: bool, folder: str
+    run: StudyRun,
+    alone: StudyResult,
+    heading: str,
+    record: CalibrationRecord | None,
+    *,
+    is_outdated: bool,
+    folder: str,
 ) -> str:
     result = run.result
     any_shown = any(finding.is_claimed(LEVEL) for finding in result.findings)
@@ -164,7 +172,7 @@ def _study(
     notes = "".join(f"<li>{_text(note)}</li>" for note in result.notes)
     settings = ", ".join(f"{name} = {value}" for name, value in result.settings.items())
     return f"""<section class="study" id="{_text(result.study)}">
-<h2>{_text(result.question)}</h2>
+{heading}
 <p class="answer{"" if any_shown else " no"}">{_text(verdict_in_a_sentence(result))}</p>
 <dl>
 <dt>Claim to test</dt><dd>{_text(result.claim)}</dd>

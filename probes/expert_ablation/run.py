@@ -91,7 +91,7 @@ def measure(probe: Probe, settings: dict[str, Any]) -> Costs:
     probe.progress(f"routing of {len(samples)} samples")
     routing = observe_routing(model, samples, batch_size=batch_size).record
     single = cost_of_each_expert(model, samples, routing, batch_size=batch_size, progress=probe.progress)
-    used_YEN = np.moveaxis(routing.chosen.any(axis=2), 2, 1)
+    used_YEN = np.moveaxis(np.asarray(routing.chosen.any(axis=2)), 2, 1)
 
     pair_rows = np.concatenate(
         [np.flatnonzero(domain_N == z)[: settings["pair_samples_per_domain"]] for z in range(len(names))]

@@ -213,7 +213,7 @@ def directions(
         scaler.transform(features_OF[fit]), targets.astype(np.float64)
     )
     assert scaler.scale_ is not None
-    return orthonormal(np.atleast_2d(model.coef_) / scaler.scale_)
+    return orthonormal(np.atleast_2d(np.asarray(model.coef_, dtype=np.float64)) / scaler.scale_)
 
 
 def orthonormal(vectors: Floats) -> Floats:

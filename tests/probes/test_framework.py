@@ -243,7 +243,7 @@ def test_the_report_needs_nothing_else_and_says_it_in_words(
     for words in (
         "Is it &lt;so&gt;?",
         "b &lt;i&gt;",
-        "2 of 2 tests shown. a is 4.0.",
+        "2 of 2 findings shown. a is 4.0.",
         "One &amp; only.",
         "39 of 40 (97.5%, interval 86.8 to 99.9%)",
         "2 of 40 (5.0%",
@@ -285,7 +285,7 @@ def test_what_a_summary_says(config: Path, probe: Probe) -> None:
             findings=findings,
         )  # fmt: skip
 
-    assert "Nothing is shown: none of the 2 tests" in verdict_in_a_sentence(
+    assert "Nothing is shown: none of the 2 findings" in verdict_in_a_sentence(
         result(finding("a", 0.2), finding("b", 0.3))
     )
     assert verdict_in_a_sentence(result(finding("a", None))) == "a is 1.0."

@@ -1,6 +1,7 @@
 """The study on features and models whose answer is known."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_binding_asks_for_a_value_and_sees_no_answer() -> None:
     task = binding_task(tokenizer, num_problems=20, rng=generator())
     for n in range(20):
         ids = task.samples.tokens[n, : task.samples.length[n]]
-        text = tokenizer.decode(ids[: task.position[n] + 1])
+        text = str(tokenizer.decode(ids[: task.position[n] + 1]))
         given, asked = text.split(" ?")
         pairs = dict(pair.strip().split(" = ") for pair in given.removeprefix("recall:").split(";") if pair)
         answer = pairs[asked.removesuffix(" =").strip()]
@@ -191,17 +192,17 @@ def test_what_is_collected_is_what_the_model_holds() -> None:
     recording = hydra_lab.record(model, ids, taps=["ssm.states", "moe.routing"], hidden=True)
     third = np.flatnonzero((task.row == 4) & (task.position == 23))[0]
     # the batch and the length differ, so sums run in another order
-    close = {"atol": 1e-4, "rtol": 1e-4}
-    np.testing.assert_allclose(features[Site("residual", 1)][third], recording.hidden[1][0, 23], **close)
+    close = partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4)
+    close(features[Site("residual", 1)][third], recording.hidden[1][0, 23])
     logits = recording["layers.2.moe.routing"].logits[0, 2]
-    np.testing.assert_allclose(features[Site("router", 2)][third], logits, **close)
+    close(features[Site("router", 2)][third], logits)
     states = recording["layers.3.ssm.states"].states[0, 2].flatten()
-    np.testing.assert_allclose(features[Site("state", 3)][third], states, **close)
+    close(features[Site("state", 3)][third], states)
     # the slots that tokens 16 to 23 read are those after 16 tokens
     with torch.no_grad():
         cache = model(input_ids=ids[:, :16], use_cache=True).past_key_values
     slots = cache.states[1]["workspace"].slots[0].flatten()
-    np.testing.assert_allclose(features[Site("slots", 1)][third], slots, **close)
+    close(features[Site("slots", 1)][third], slots)
 
 
 def test_states_are_projected_alike_for_every_observation() -> None:
