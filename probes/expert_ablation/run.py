@@ -84,7 +84,9 @@ def measure(probe: Probe, settings: dict[str, Any]) -> Costs:
     names, domain_N = domain_codes(samples.domains)
     counts = np.bincount(domain_N)
     if len(names) < 2:
-        raise ValueError(f"the samples are of one domain ({names[0]}); the study compares at least two")
+        raise ValueError(
+            f"the samples are of one domain ({', '.join(names)}); the study compares at least two"
+        )
     if counts.min() < _FEWEST_SAMPLES:
         told = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
         raise ValueError(f"too few samples ({told}): each domain needs at least {_FEWEST_SAMPLES}")

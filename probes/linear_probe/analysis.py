@@ -212,8 +212,9 @@ def directions(
     model = Ridge(alpha=ridge, solver="cholesky").fit(
         scaler.transform(features_OF[fit]), targets.astype(np.float64)
     )
-    assert scaler.scale_ is not None
-    return orthonormal(np.atleast_2d(np.asarray(model.coef_, dtype=np.float64)) / scaler.scale_)
+    coefficients: Floats = np.atleast_2d(np.asarray(model.coef_, dtype=np.float64))
+    spread: Floats = np.asarray(scaler.scale_, dtype=np.float64)
+    return orthonormal(coefficients / spread)
 
 
 def orthonormal(vectors: Floats) -> Floats:
