@@ -69,7 +69,7 @@ def write_report(
     results = [run.result for run in shown]
     num_tests = sum(_num_tests(result) for result in results)
     first = results[0]
-    title = first.question if len(results) == 1 else f"What {len(results)} studies found about one model"
+    title = first.question if len(results) == 1 else f"What {len(results)} studies found about {first.model}"
     parts = [
         f"<h1>{_text(title)}</h1>",
         f"<p>Model <b>{_text(first.model)}</b>; {counted(num_tests, 'test')}, corrected together; seeds "
@@ -98,7 +98,7 @@ def verdict_in_a_sentence(result: StudyResult) -> str:
         return result.findings[0].verdict if result.findings else "Nothing could be measured."
     shown = [finding for finding in tested if finding.is_claimed(LEVEL)]
     if not shown:
-        return f"Nothing is shown: none of the {counted(len(tested), 'finding')} stands out from chance."
+        return f"Nothing is shown: of {counted(len(tested), 'finding')}, none stands out once all tests are counted."
     return f"{len(shown)} of {counted(len(tested), 'finding')} shown. {leading_finding(result).verdict}"
 
 

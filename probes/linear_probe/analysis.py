@@ -148,10 +148,14 @@ def permutations(task: Task, count: int, rng: np.random.Generator) -> Floats:
     """[W, O] labels under the null.
 
     A label of whole samples is exchanged between samples. One that varies inside a sample is turned round inside each
-    (the sequence starts anywhere and goes on from its beginning), which keeps the order of neighbours.
+    (the sequence starts anywhere and goes on from its beginning), which keeps the order of neighbours. See `Task.null`.
     """
+    if task.null == "choose":
+        assert task.choices is not None
+        drawn_WO = rng.integers(task.choices.shape[1], size=(count, len(task.row)))
+        return task.choices[np.arange(len(task.row)), drawn_WO]
     rows, start_N, sample_O = np.unique(task.row, return_index=True, return_inverse=True)
-    if not task.varies:
+    if task.null == "exchange":
         label_N = task.label[start_N]
         return np.stack([label_N[rng.permutation(len(rows))][sample_O] for _ in range(count)])
     size_N = np.bincount(sample_O)

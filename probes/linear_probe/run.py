@@ -200,7 +200,7 @@ def _finding(evidence: TaskEvidence, kind: str, score: KindScore) -> Finding:
         estimate=best.score,
         unit=unit,
         interval=best.interval,
-        null=f"{task.asks} cannot be read off (labels permuted over samples, best block of each permutation)",
+        null=f"{task.asks}, cannot be read off ({_NULLS[task.null]}, best block of each permutation)",
         null_value=score.null_mean,
         p_value=score.p_value,
         n=len(np.unique(task.row)),
@@ -211,14 +211,22 @@ def _finding(evidence: TaskEvidence, kind: str, score: KindScore) -> Finding:
     )
 
 
+_NULLS = {
+    "exchange": "labels permuted over samples",
+    "turn": "labels turned round inside each sample",
+    "choose": "the label any of the problem's values",
+}
+
+
 def _verdict(task: Task, kind: str, score: KindScore) -> str:
     best = score.best
     if score.p_value > 0.05:
-        return f"The {KIND_NAMES[kind]} of no block is shown to hold {task.asks}."
+        return f"It is not shown that {task.asks}, can be read off the {KIND_NAMES[kind]} of any block."
+    measure = "balanced accuracy" if task.kind == "class" else "R squared"
     said = (
-        f"The {KIND_NAMES[kind]} after block {best.site.layer} holds {task.asks}: {best.score:.2f}, by chance "
-        f"{score.null_mean:.2f}; the same probe reaches {best.control:.2f} for {task.control_asks} "
-        f"(selectivity {best.selectivity:.2f})."
+        f"{task.asks[0].upper()}{task.asks[1:]}, can be read off the {KIND_NAMES[kind]} of block {best.site.layer}: "
+        f"{measure} {best.score:.2f}, by chance {score.null_mean:.2f}. The same probe reaches {best.control:.2f} for "
+        f"{task.control_asks} (selectivity {best.selectivity:.2f})."
     )
     return said if kind == "residual" else said + " No intervention was made here."
 
@@ -252,6 +260,8 @@ def run_study(probe: Probe, settings: dict[str, Any]) -> Outcome:
             "allows for the choice, but the estimate is a little favoured by it.",
             f"States and slots are projected at random to {settings['most_features']} numbers: less may be read off "
             "them here than they hold.",
+            "What is held along more directions than the probe found stays when these are taken out: a small causal "
+            "effect does not say that the label is not used.",
             "Depth and binding are asked of made problems (brackets and letters; four keys with values), domain and "
             "position of text.",
         ),

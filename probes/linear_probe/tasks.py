@@ -38,8 +38,9 @@ class Task:
         position: [O] token of each observation.
         label: [O] class index, or number.
         control: [O] control label, likewise.
-        varies: whether the label varies inside a sample; then the null turns it round inside each sample, otherwise it
-            exchanges whole samples' labels.
+        null: what the null does with the labels: "exchange" those of whole samples, "turn" the sequence round inside
+            each sample (for a label that varies there), or "choose" one of `choices` at random.
+        choices: [O, V] labels that each observation might as well have, for "choose".
     """
 
     name: str
@@ -51,7 +52,8 @@ class Task:
     position: Ints
     label: Floats
     control: Floats
-    varies: bool
+    null: Literal["exchange", "turn", "choose"]
+    choices: Floats | None = None
 
     @property
     def num_classes(self) -> int:
@@ -66,7 +68,7 @@ def domain_task(samples: Samples, *, every: int, rng: np.random.Generator) -> Ta
     label = np.array([names.index(samples.domains[n]) for n in row], dtype=np.float64)
     control = _by_token(samples.tokens[row, position], label, rng)
     asks = f"the domain of the text, one of {len(names)}"
-    return Task("domain", asks, _BY_TOKEN, "class", samples, row, position, label, control, varies=False)
+    return Task("domain", asks, _BY_TOKEN, "class", samples, row, position, label, control, "exchange")
 
 
 def position_task(samples: Samples, *, every: int, rng: np.random.Generator) -> Task:
@@ -75,7 +77,7 @@ def position_task(samples: Samples, *, every: int, rng: np.random.Generator) -> 
     label = (position + 1) / every
     control = _by_token(samples.tokens[row, position], label, rng)
     asks = f"the position in the text, in steps of {every} tokens"
-    return Task("position", asks, _BY_TOKEN, "number", samples, row, position, label, control, varies=True)
+    return Task("position", asks, _BY_TOKEN, "number", samples, row, position, label, control, "turn")
 
 
 def depth_task(tokenizer: PreTrainedTokenizerBase, *, num_problems: int, rng: np.random.Generator) -> Task:
@@ -94,15 +96,17 @@ def depth_task(tokenizer: PreTrainedTokenizerBase, *, num_problems: int, rng: np
     row, position = np.arange(num_problems), samples.length - 1
     control = _by_token(samples.tokens[row, position], label, rng)
     asks = f"the number of open brackets, 0 to {DEEPEST}"
-    return Task("depth", asks, _BY_TOKEN, "number", samples, row, position, label, control, varies=False)
+    return Task("depth", asks, _BY_TOKEN, "number", samples, row, position, label, control, "exchange")
 
 
 def binding_task(tokenizer: PreTrainedTokenizerBase, *, num_problems: int, rng: np.random.Generator) -> Task:
-    """Which value does the queried key have? The control asks for the value of another key of the same problem."""
+    """Which value does the queried key have? The control asks for the value of another key of the same problem, and the
+    null draws one of the problem's values: knowing which values there are is not knowing whose they are."""
     names = random.Random(int(rng.integers(2**31)))
     texts: list[str] = []
     answers: list[str] = []
     label, control = np.zeros((2, num_problems))
+    choices = np.zeros((num_problems, _NUM_PAIRS))
     for number in range(num_problems):
         keys = [f" {name}" for name in invent_names(names, _NUM_PAIRS)]
         values = rng.permutation(_NUM_VALUES)[:_NUM_PAIRS]
@@ -110,13 +114,14 @@ def binding_task(tokenizer: PreTrainedTokenizerBase, *, num_problems: int, rng: 
         problem = RecallProblem({key: VALUES[value] for key, value in zip(keys, values, strict=True)}, ())
         texts.append(problem.given() + query(keys[asked]))
         answers.append(VALUES[values[asked]])
-        label[number], control[number] = values[asked], values[other]
+        label[number], control[number], choices[number] = values[asked], values[other], values
     samples = _rows(texts, tokenizer, answers)
     position = samples.length - 2  # the last token before the answer
     asks = f"the value of the key that is asked for, one of {_NUM_VALUES}"
     control_asks = "the value of another key of the same problem"
+    row = np.arange(num_problems)
     return Task(
-        "binding", asks, control_asks, "class", samples, np.arange(num_problems), position, label, control, varies=False
+        "binding", asks, control_asks, "class", samples, row, position, label, control, "choose", choices
     )  # fmt: skip
 
 

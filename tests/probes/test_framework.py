@@ -285,7 +285,7 @@ def test_what_a_summary_says(config: Path, probe: Probe) -> None:
             findings=findings,
         )  # fmt: skip
 
-    assert "Nothing is shown: none of the 2 findings" in verdict_in_a_sentence(
+    assert "Nothing is shown: of 2 findings, none" in verdict_in_a_sentence(
         result(finding("a", 0.2), finding("b", 0.3))
     )
     assert verdict_in_a_sentence(result(finding("a", None))) == "a is 1.0."

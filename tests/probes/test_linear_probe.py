@@ -134,6 +134,11 @@ def test_permutations_keep_what_they_should() -> None:
     steps = np.diff(turned, axis=-1)
     assert np.isin(steps, [1, 1 - NUM_OBSERVATIONS]).all()  # neighbours stay neighbours
     assert len(np.unique(turned[:, :, 0])) == NUM_OBSERVATIONS
+    binding = binding_task(planted.byte_tokenizer(), num_problems=12, rng=generator())
+    assert binding.choices is not None
+    drawn = permutations(binding, 60, generator())
+    for n in range(12):  # each of the four values of the problem, the right one among them
+        assert set(drawn[:, n]) == set(binding.choices[n]) and binding.label[n] in binding.choices[n]
 
 
 @pytest.mark.parametrize("label", ["domain", "position"])
