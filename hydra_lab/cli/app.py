@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 import hydra_lab
-from hydra_lab.cli import bench, lab, model, training
+from hydra_lab.cli import bench, lab, model, probe, training
 from hydra_lab.cli.rules import Commands
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ def hydra(
     """Train, read and overwrite a Hydra language model."""
 
 
-for _commands in (model.commands, training.commands, lab.commands, bench.commands):
+for _commands in (model.commands, training.commands, lab.commands, probe.commands, bench.commands):
     app.add_typer(_commands)
 
 

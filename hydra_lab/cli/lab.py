@@ -1,4 +1,4 @@
-"""Commands of the lab: `capture`, `probe`, `dashboard` and `notebook`."""
+"""Commands of the lab: `capture`, `dashboard` and `notebook`."""
 
 import os
 import sys
@@ -16,7 +16,6 @@ from hydra_lab.cli.rules import (
     load_model,
     print_json,
     require,
-    without_progress_bars,
 )
 
 commands = typer.Typer()
@@ -101,39 +100,6 @@ def capture(
         print(
             f"{out}: {summary['tokens']:,} tokens in {summary['samples']:,} samples, {', '.join(result.groups)}"
         )
-
-
-def studies() -> list[str]:
-    """Names of the probes of this checkout, as the command line writes them."""
-    return sorted(run.parent.name.replace("_", "-") for run in checkout("probes").glob("*/run.py"))
-
-
-@commands.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Example: hydra-lab probe expert-specialization demo --out results",
-)
-def probe(
-    context: typer.Context,
-    study: Annotated[str, typer.Argument(help="A folder of probes/, such as expert-specialization.")],
-    model: Annotated[str, typer.Argument(help="`demo`, or a directory with a config.json.")],
-    out: Annotated[Path, typer.Option(help="Directory for result.json, the figures and the report.")],
-) -> None:
-    """Put one research question to a model. Further options go to the study: see its README."""
-    from importlib import import_module
-
-    from hydra_lab.loading import model_directory
-
-    if study not in studies():
-        raise BadInput(f"no study {study!r}: there are {', '.join(studies())}")
-    model_directory(model)
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out} is not a directory")
-    root = str(checkout("probes").parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    without_progress_bars()
-    run = import_module(f"probes.{study.replace('-', '_')}.run")
-    raise typer.Exit(run.main([model, "--out", str(out), *context.args]))
 
 
 @commands.command(epilog="Example: hydra-lab dashboard demo run.zarr --port 8600")

@@ -72,6 +72,13 @@ def paper_colour(theme: Theme) -> str:
     return _PAPER[theme]
 
 
+def dark_equivalents() -> dict[str, str]:
+    """The dark theme's colour for each colour of the light one, so that a page can turn a light figure dark."""
+    pairs = zip(_OKABE_ITO["light"], _OKABE_ITO["dark"], strict=True)
+    parts = ((part["light"], part["dark"]) for part in (_TEXT, _MUTED, _PAPER, _GRID, _WARNING))
+    return {light.lower(): dark.lower() for light, dark in (*pairs, *parts) if light != dark}
+
+
 def template(theme: Theme) -> go.layout.Template:
     """The figures' own plotly template."""
     _check(theme)

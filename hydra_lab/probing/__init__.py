@@ -7,6 +7,7 @@ A study (`probes/<name>/`) answers one question about a model. Its `run.py` hold
 from hydra_lab.probing.findings import Effect as Effect
 from hydra_lab.probing.findings import Finding as Finding
 from hydra_lab.probing.findings import StudyResult as StudyResult
+from hydra_lab.probing.findings import claims_anything as claims_anything
 from hydra_lab.probing.findings import corrected as corrected
 from hydra_lab.probing.study import Calibration as Calibration
 from hydra_lab.probing.study import Outcome as Outcome

@@ -33,6 +33,10 @@ class Effect:
     p_value: float | None = None
     p_corrected: float | None = None
 
+    def is_claimed(self, alpha: float = 0.05) -> bool:
+        """Whether the corrected p-value (the raw one where none was corrected) allows the claim."""
+        return _allows(self.p_value, self.p_corrected, alpha)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -75,8 +79,12 @@ class Finding:
 
     def is_claimed(self, alpha: float = 0.05) -> bool:
         """Whether the corrected p-value (the raw one where none was corrected) allows the claim."""
-        p = self.p_value if self.p_corrected is None else self.p_corrected
-        return p is not None and p <= alpha
+        return _allows(self.p_value, self.p_corrected, alpha)
+
+
+def _allows(p_value: float | None, p_corrected: float | None, alpha: float) -> bool:
+    p = p_value if p_corrected is None else p_corrected
+    return p is not None and p <= alpha
 
 
 def corrected(findings: Sequence[Finding]) -> tuple[Finding, ...]:
@@ -91,6 +99,14 @@ def corrected(findings: Sequence[Finding]) -> tuple[Finding, ...]:
             causal = dataclasses.replace(causal, p_corrected=values[len(findings) + number])
         out.append(dataclasses.replace(finding, p_corrected=values[number], causal=causal))
     return tuple(out)
+
+
+def claims_anything(findings: Sequence[Finding], alpha: float = 0.05) -> bool:
+    """Whether any test, causal ones included, survives the correction for all of them."""
+    return any(
+        finding.is_claimed(alpha) or (finding.causal is not None and finding.causal.is_claimed(alpha))
+        for finding in corrected(findings)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

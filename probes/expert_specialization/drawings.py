@@ -16,7 +16,7 @@ from hydra_lab.figures.theme import (
     muted_colour,
     text_colour,
 )
-from probes.expert_specialization.analysis import Association, Causation, Control
+from probes.expert_specialization.analysis import LEVEL, Association, Causation, Control
 
 _LARGEST_LIFT = 3.0
 
@@ -27,7 +27,6 @@ def draw(
     causation: Causation,
     use: metrics.PathUse,
     *,
-    alpha: float,
     theme: Theme = "light",
 ) -> dict[str, go.Figure]:
     """Every figure of the study by name."""
@@ -41,7 +40,6 @@ def draw(
             use,
             what="domain",
             unit="chunks by first choice",
-            alpha=alpha,
             theme=theme,
         ),
         "by_token_class": preference(
@@ -52,7 +50,6 @@ def draw(
             use,
             what="token class",
             unit="tokens by heaviest expert",
-            alpha=alpha,
             theme=theme,
         ),
         "causal": ablation(causation, use, theme=theme),
@@ -158,13 +155,12 @@ def preference(
     *,
     what: str,
     unit: str,
-    alpha: float,
     theme: Theme,
 ) -> go.Figure:
     """Which expert is preferred where: share over its mean, with stars where it is significant."""
     with np.errstate(divide="ignore", invalid="ignore"):
         lift = np.log2(share / share.mean(axis=1, keepdims=True))
-    stars = np.where((adjusted <= alpha) & np.isfinite(share), "*", "")
+    stars = np.where((adjusted <= LEVEL) & np.isfinite(share), "*", "")
     figure, height = heat_map_grid(
         np.clip(lift, -_LARGEST_LIFT, _LARGEST_LIFT),
         titles=block_labels(association.layers, "moe", use),
@@ -185,7 +181,7 @@ def preference(
         title=f"Which expert prefers which {what}",
         subtitle=f"share of the {what}'s {unit}, against the mean over all; "
         f"n = {association.num_samples.sum()} samples; "
-        f"* differs from the rest (Benjamini-Hochberg, {100 * alpha:g}%); blank: never chosen",
+        f"* differs from the rest (Benjamini-Hochberg, {100 * LEVEL:g}%); blank: never chosen",
         theme=theme,
         path="moe",
         path_use=use,
@@ -235,7 +231,7 @@ def agreement(causation: Causation, use: metrics.PathUse, *, theme: Theme) -> go
                 x=100 * causation.preference[y].ravel(),
                 y=causation.increase[y].ravel(),
                 mode="markers",
-                name=f"{label}: rank correlation {causation.agreement[y]:.2f} (p {causation.agreement_holm[y]:.3f})",
+                name=f"{label}: rank correlation {causation.agreement[y]:.2f}",
                 text=text,
                 marker={
                     "color": colours(y + 1, theme)[y],
@@ -255,7 +251,7 @@ def agreement(causation: Causation, use: metrics.PathUse, *, theme: Theme) -> go
         figure,
         title="Are experts costliest to remove where they are preferred?",
         subtitle="one mark per expert and domain; preference and cost on different samples "
-        f"(n = {causation.num_samples.sum()} for the cost); p corrected by Holm",
+        f"(n = {causation.num_samples.sum()} for the cost)",
         theme=theme,
         path="moe",
         path_use=use,

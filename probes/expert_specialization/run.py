@@ -1,111 +1,213 @@
 """Which expert prefers which domain and token class, and does it matter? See README.md.
 
-python probes/expert_specialization/run.py demo --out DIR
 hydra-lab probe expert-specialization demo --out DIR
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-if not __package__:  # run as a script: the checkout is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from transformers import PreTrainedTokenizerBase
-
-from hydra_lab import figures
+from hydra_lab import metrics
 from hydra_lab.capture.path_use import path_use_of_samples, scored_tokens
-from hydra_lab.data.sample_texts import read_sample_texts
-from hydra_lab.data.samples import Samples, samples_from_corpus, samples_from_texts
-from hydra_lab.loading import load, model_directory
-from hydra_lab.modeling import HydraForCausalLM
-from probes.expert_specialization import analysis, drawings, measure, report
-from probes.expert_specialization.settings import Settings, load_settings
+from hydra_lab.data.samples import Samples
+from hydra_lab.probing import Effect, Finding, Outcome, Probe, Study, corrected
+from hydra_lab.probing.experts import cost_of_each_expert
+from probes.expert_specialization import analysis, drawings, measure
 
 _FEWEST_SAMPLES = 4  # per domain: two that measure preference and two that measure cost
 
 
-def run_study(
-    model: HydraForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Samples,
-    out: str | Path,
-    settings: Settings,
-    *,
-    name: str = "",
-    progress: Callable[[str], None] = lambda _line: None,
-) -> dict[str, Any]:
-    """Run the study and write result.json, report.html and figures/ into `out`.
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """All that the study measured, before anybody is told."""
 
-    Args:
-        samples: held-out rows of at least two domains, at least four of each.
-        name: of the model, for the report.
-        progress: receives a line as each step begins, and whether PNG files were written.
+    association: analysis.Association
+    controls: analysis.Control
+    causation: analysis.Causation
+    use: metrics.PathUse
 
-    Returns:
-        what result.json holds.
+
+def gather(probe: Probe, settings: dict[str, Any]) -> Evidence:
+    """Measure routing, its dependence on domain and token class, and what the experts' removal costs.
 
     Raises:
-        ValueError: the model has no experts, or there are too few samples.
+        ValueError: there are too few samples.
     """
-    out = Path(out)
-    if not model.config.layers_with("moe"):
-        raise ValueError("this model has no block with experts, so there is nothing to study")
-    samples = samples.take(np.flatnonzero(scored_tokens(samples) > 0))
-    _check_enough(samples)
-    batch_size, seed = settings.batch_size, settings.seed
-    resampling = {"num_resamplings": settings.num_resamplings, "seed": seed}
-    preferring_rows, costing_rows = _halves(samples)
+    model, batch_size, seed = probe.model, settings["batch_size"], probe.seed
+    resampling = {"num_resamplings": settings["num_resamplings"], "seed": seed}
+    samples = probe.samples.take(np.flatnonzero(scored_tokens(probe.samples) > 0))
+    check_enough(samples)
+    preferring_rows, costing_rows = halves(samples)
     costing = samples.take(costing_rows)
-    classes = measure.token_classes(tokenizer)
+    classes = measure.token_classes(probe.tokenizer)
 
-    progress(f"routing of {len(samples)} samples")
+    probe.progress(f"routing of {len(samples)} samples")
     observation = measure.observe(model, samples, classes, batch_size=batch_size)
-    progress("tests of dependence")
+    probe.progress("tests of dependence")
     association = analysis.associate(observation, **resampling)
     random = []
-    for number in range(settings.num_controls):
-        progress(f"random router {number + 1} of {settings.num_controls}")
+    for number in range(settings["num_controls"]):
+        probe.progress(f"random router {number + 1} of {settings['num_controls']}")
         other = measure.with_random_routers(model, seed + number)
         random.append(measure.observe(other, samples, classes, batch_size=batch_size))
-    controls = analysis.control(random, **resampling)
-    increase = measure.ablate(
+    increase = cost_of_each_expert(
         model,
         costing,
-        measure.observe(model, costing, classes, batch_size=batch_size),
+        observation.take(costing_rows).routing,
         batch_size=batch_size,
-        progress=progress,
+        progress=probe.progress,
     )
-    progress("comparison with the ablations")
-    causation = analysis.compare_with_ablation(
-        measure.observe(model, samples.take(preferring_rows), classes, batch_size=batch_size),
-        increase,
-        costing.domains,
-        **resampling,
+    probe.progress("comparison with the ablations")
+    return Evidence(
+        association,
+        analysis.control(random),
+        analysis.compare_with_ablation(
+            observation.take(preferring_rows), increase, costing.domains, **resampling
+        ),
+        path_use_of_samples(model, costing, batch_size=batch_size, progress=probe.progress),
     )
-    use = path_use_of_samples(model, costing, batch_size=batch_size, progress=progress)
-    verdicts = analysis.verdicts(association, controls, causation, use, alpha=settings.alpha)
-
-    out.mkdir(parents=True, exist_ok=True)
-    found = report.result(name, settings, association, controls, causation, use, verdicts)
-    report.write_json(found, out / "result.json")
-    drawn = drawings.draw(association, controls, causation, use, alpha=settings.alpha)
-    html_paths = figures.write_html(drawn, out / "figures")
-    try:
-        progress("images")
-        png_paths = figures.write_png(drawn, out / "figures")
-    except figures.NoBrowserError as error:
-        png_paths = {}
-        progress(f"NO PNG FILES WRITTEN: {error}. The HTML figures are complete.")
-    report.write_report(found, html_paths, png_paths, out / "report.html")
-    return found
 
 
-def _check_enough(samples: Samples) -> None:
+def findings(evidence: Evidence) -> tuple[Finding, ...]:
+    """Two findings per block: what its choices tell of the domain, and of the token's class given the domain."""
+    association, causation, use = evidence.association, evidence.causation, evidence.use
+    about_domain = [
+        Finding(
+            name=f"block {layer}: information about the domain",
+            estimate=test.corrected,
+            unit="nats",
+            interval=test.interval,
+            null="a chunk's first expert tells nothing of its sample's domain (domains permuted over samples)",
+            null_value=0.0,
+            p_value=test.p_value,
+            n=test.num_samples,
+            n_unit="samples",
+            verdict="",
+            layer=layer,
+            causal=Effect(
+                description="each expert removed: how much more the loss rises in a domain that prefers the expert "
+                "by 100 points (share of its chunks, less the mean over domains)",
+                estimate=float(causation.slope[y]),
+                unit="nats per token",
+                interval=(float(causation.slope_interval[y, 0]), float(causation.slope_interval[y, 1])),
+                p_value=float(causation.slope_p[y]),
+            ),
+        )
+        for y, (layer, test) in enumerate(zip(association.layers, association.domain_tests, strict=True))
+    ]
+    about_class = [
+        Finding(
+            name=f"block {layer}: information about the token's class, given the domain",
+            estimate=test.corrected,
+            unit="nats",
+            interval=test.interval,
+            null="inside a domain, a token's heaviest expert tells nothing of its class (sequences of experts "
+            "exchanged between samples)",
+            null_value=0.0,
+            p_value=test.p_value,
+            n=test.num_samples,
+            n_unit="samples",
+            verdict="",
+            layer=layer,
+        )
+        for layer, test in zip(association.layers, association.class_tests, strict=True)
+    ]
+    told = corrected([*about_domain, *about_class])
+    said = [
+        *analysis.domain_verdicts(told[: len(about_domain)], evidence.controls, use),
+        *analysis.class_verdicts(told[len(about_domain) :], use),
+    ]
+    return tuple(
+        analysis.with_verdict(each, verdict)
+        for each, verdict in zip([*about_domain, *about_class], said, strict=True)
+    )
+
+
+def run_study(probe: Probe, settings: dict[str, Any]) -> Outcome:
+    """Gather the evidence and lay it out."""
+    evidence = gather(probe, settings)
+    association, causation = evidence.association, evidence.causation
+    return Outcome(
+        findings=findings(evidence),
+        figures=drawings.draw(association, evidence.controls, causation, evidence.use),
+        notes=(
+            "Domains differ in their tokens, so an expert that follows tokens follows domains; a random router's "
+            "choices tell of the domain too, which is why the trained one must beat "
+            f"{settings['num_controls']} random ones.",
+            "Removing an expert writes its weight to 0; the router cannot choose another instead.",
+            "A path that the model hardly uses is called idle whatever its routing shows.",
+            "Preference and cost are measured on different samples. Stars in the tables of single cells: "
+            "Benjamini and Hochberg over all cells, 5%.",
+        ),
+        tables={
+            "domains": list(association.domains),
+            "token_classes": list(association.classes),
+            "samples_per_domain": association.num_samples.tolist(),
+            "random_routers": {
+                str(layer): evidence.controls.corrected[:, y].tolist()
+                for y, layer in enumerate(association.layers)
+            },
+            "domain_preferences": _preferences(
+                association.domain_share, association.domain_adjusted, association.domains, association
+            ),
+            "token_class_preferences": _preferences(
+                association.class_share, association.class_adjusted, association.classes, association
+            ),
+            "expert_by_domain": {
+                "axes": ["block", "domain", "expert"],
+                "share": association.domain_share.tolist(),
+                "p_adjusted": association.domain_adjusted.tolist(),
+            },
+            "expert_by_token_class": {
+                "axes": ["block", "token_class", "expert"],
+                "share": association.class_share.tolist(),
+                "p_adjusted": association.class_adjusted.tolist(),
+            },
+            "routing_margin": {
+                "axes": ["block", "domain"],
+                "unit": "logits",
+                "mean": association.margin.tolist(),
+            },
+            "ablation": {
+                "axes": ["block", "expert", "domain"],
+                "unit": "nats per token",
+                "preference": causation.preference.tolist(),
+                "loss_increase": causation.increase.tolist(),
+                "interval_95": causation.interval.tolist(),
+                "samples_per_domain": causation.num_samples.tolist(),
+                "experts_costliest_where_preferred": causation.matches.tolist(),
+                "experts_in_use": causation.num_used.tolist(),
+                "rank_correlation_of_preference_and_cost": causation.agreement.tolist(),
+            },
+            "path_use": evidence.use.to_dict(),
+        },
+    )
+
+
+def _preferences(
+    share: analysis.Floats,
+    adjusted: analysis.Floats,
+    names: tuple[str, ...],
+    association: analysis.Association,
+) -> list[dict[str, Any]]:
+    found = analysis.clearest(share, adjusted, names, association.layers)
+    return [
+        {
+            "block": each.layer,
+            "name": each.name,
+            "expert": each.expert,
+            "share": each.share,
+            "ratio": each.ratio,
+            "p_adjusted": each.p_adjusted,
+        }
+        for each in found
+    ]
+
+
+def check_enough(samples: Samples) -> None:
+    """Raises ValueError unless there are at least two domains with at least four samples each."""
     counts = {domain: samples.domains.count(domain) for domain in dict.fromkeys(samples.domains)}
     few = {domain: count for domain, count in counts.items() if count < _FEWEST_SAMPLES}
     if len(counts) < 2:
@@ -117,68 +219,24 @@ def _check_enough(samples: Samples) -> None:
         raise ValueError(f"too few samples ({told}): each domain needs at least {_FEWEST_SAMPLES}")
 
 
-def _halves(samples: Samples) -> tuple[list[int], list[int]]:
+def halves(samples: Samples) -> tuple[list[int], list[int]]:
     """Every domain's samples by turns: those that measure preference, those that measure cost."""
-    halves: tuple[list[int], list[int]] = ([], [])
+    split: tuple[list[int], list[int]] = ([], [])
     seen: dict[str, int] = {}
     for row, domain in enumerate(samples.domains):
-        halves[seen.get(domain, 0) % 2].append(row)
+        split[seen.get(domain, 0) % 2].append(row)
         seen[domain] = seen.get(domain, 0) + 1
-    return halves
+    return split
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of the study; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="hydra-lab probe expert-specialization",
-        description="Which expert prefers which domain and token class, and does it matter?",
-        epilog="Example: hydra-lab probe expert-specialization demo --out results",
-    )
-    parser.add_argument("model", help="`demo`, or a directory with a config.json")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="directory for result.json, report.html and figures/"
-    )
-    parser.add_argument(
-        "--corpus",
-        type=Path,
-        help="held-out text of this training corpus instead of the samples that came with the model",
-    )
-    parser.add_argument("--samples", type=int, dest="samples_per_domain", help="most samples per domain")
-    parser.add_argument("--tokens", type=int, dest="num_tokens", help="tokens per sample")
-    parser.add_argument("--resamplings", type=int, dest="num_resamplings", help="permutations and redraws")
-    parser.add_argument("--controls", type=int, dest="num_controls", help="random routers to compare with")
-    parser.add_argument("--seed", type=int)
-    options = vars(parser.parse_args(arguments))
-    name, out, corpus = options.pop("model"), options.pop("out"), options.pop("corpus")
-    try:
-        settings = load_settings(**options)
-        directory = model_directory(name)
-        model, tokenizer = load(name)
-        size = {"num_tokens": settings.num_tokens, "num_samples": settings.samples_per_domain}
-        if corpus is not None:
-            samples = samples_from_corpus(corpus, **size)
-        else:
-            texts = read_sample_texts(directory)
-            if not texts:
-                raise ValueError(f"{directory} has no samples.jsonl; give held-out text with --corpus")
-            samples = samples_from_texts(texts, tokenizer, **size)
-        found = run_study(
-            model,
-            tokenizer,
-            samples,
-            out,
-            settings,
-            name=name,
-            progress=lambda line: print(line, file=sys.stderr),
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for block in found["blocks"]:
-        print(f"block {block['block']}: {block['verdict']}")
-    print(f"report: {out / 'report.html'}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+STUDY = Study(
+    name="expert-specialization",
+    question="Which expert prefers which domain, and which class of token; and does it matter for the loss?",
+    claim="The experts of a chunk-routed mixture specialize by domain (arXiv 2508.15099 names this as an open risk).",
+    null="A chunk's expert tells nothing of the domain of its text, beyond what a random router's choice would tell.",
+    causal_check="Each expert is removed, and the loss measured by domain on samples that the preferences were not "
+    "measured on: it should rise most where the expert is preferred.",
+    run=run_study,
+    config=Path(__file__).with_name("config.toml"),
+    needs=("moe",),
+)
