@@ -79,6 +79,12 @@ def tokens_at_least(length_L: IntArray) -> IntArray:
     return np.cumsum(length_L[::-1])[::-1][1:]
 
 
+def binned_tokens(length_L: IntArray, num_bins: int) -> tuple[IntArray, IntArray]:
+    """Edges of `num_bins` bins of positions, and the tokens in each bin, of the samples with 0, 1, ... L tokens."""
+    edges = bin_edges(len(length_L) - 1, num_bins)
+    return edges, np.add.reduceat(tokens_at_least(length_L), edges[:-1])
+
+
 def total_tokens(length_L: IntArray) -> int:
     """Tokens of the samples with 0, 1, ... L tokens."""
     return int(length_L @ np.arange(len(length_L)))

@@ -78,6 +78,8 @@ def summarize_mass(batch: Batch) -> Arrays:
     valid_NL = valid_mask(length_N, num_positions)
     sum_NYQX = mass_NYLQX.sum(axis=2, where=valid_NL[:, None, :, None, None], dtype=np.float64)
     return {
-        "mass_by_position": np.stack([sum_mass(mass_NYLQX[:, y], length_N, edges) for y in range(num_layers)]),
+        "mass_by_position": np.stack(
+            [sum_mass(mass_NYLQX[:, y], length_N, edges) for y in range(num_layers)]
+        ),
         "mass_by_domain": sum_by_domain(sum_NYQX, batch.samples).swapaxes(0, 1),
     }

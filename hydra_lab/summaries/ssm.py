@@ -63,9 +63,7 @@ def sum_decays(decay_NLH: NDArray[Any], samples: Samples, edges: IntArray) -> Ar
     valid_NL = valid_mask(samples.length, decay_NLH.shape[1])
     decay_NLH = np.where(valid_NL[..., None], decay_NLH, 0.0)
     return {
-        "decay_by_position": np.add.reduceat(
-            decay_NLH.sum(axis=0, dtype=np.float64), edges[:-1], axis=0
-        ),
+        "decay_by_position": np.add.reduceat(decay_NLH.sum(axis=0, dtype=np.float64), edges[:-1], axis=0),
         "decay_by_domain": sum_by_domain(decay_NLH.sum(axis=1, dtype=np.float64), samples),
     }
 
