@@ -279,6 +279,12 @@ class Capture(Mapping[str, xr.Dataset]):
             raise ValueError(f"{self.path} has no summary yet: nothing is committed")
         return _read_summary(root, str(root.attrs["summary_slot"]))
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domain label of each sample."""
+        names = self.attributes["domains"]
+        return tuple(names[code] for code in self["tokens"]["domain"].values)
+
 
 def open_capture(path: str | Path) -> Capture:
     """Open a capture, complete or interrupted.
