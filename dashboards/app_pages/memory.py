@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import streamlit as st
+from numpy.typing import NDArray
 
 from dashboards.shared.charts import chart, theme
 from dashboards.shared.sources import tokenizer_of
 from dashboards.shared.tokens import token_texts
 from dashboards.shared.view import (
+    CaptureKey,
     OpenCapture,
     choose_block,
     current_capture,
@@ -15,34 +18,44 @@ from dashboards.shared.view import (
     describe_capture,
     fragment,
     has_group,
+    has_raw,
+    whole_capture,
 )
 from hydra_lab import metrics
 from hydra_lab.capture import open_capture
 from hydra_lab.figures import memory as figures
+from hydra_lab.figures.contexts import top_contexts
+
+TOKENS_BEFORE = 8
+"""Tokens shown before the one that reads a row."""
 
 
 @st.cache_resource(max_entries=2, show_spinner="Reading the memory …")
-def record(key: tuple[str, str, int], layer: int, rows: tuple[int, ...]) -> metrics.LookupRecord:
+def record(key: CaptureKey, layer: int, rows: NDArray[np.int64]) -> metrics.LookupRecord:
     """The lookups of one block; shared, not copied, because it is large."""
-    return metrics.lookup_record(open_capture(key[0]), layer, samples=list(rows))
+    return metrics.lookup_record(open_capture(key[0]), layer, samples=rows)
 
 
 @st.cache_data(max_entries=16, show_spinner=False)
-def results(key: tuple[str, str, int], layer: int, rows: tuple[int, ...]) -> tuple[Any, Any, Any, int]:
-    """Use, gate by domain, map, and the most read row."""
-    lookups = record(key, layer, rows)
+def results(key: CaptureKey, layer: int, rows: NDArray[np.int64] | None) -> tuple[Any, Any, Any, int]:
+    """Use, gate by domain, map, and the most read row, of the samples `rows`; of all of them, from the summary, where
+    that is None."""
+    if rows is None:
+        counts = metrics.summarized_lookups(whole_capture(key), layer)
+    else:
+        counts = record(key, layer, rows).counts
     return (
-        metrics.memory_use(lookups),
-        metrics.beta_by_domain(lookups),
-        metrics.memory_map(lookups),
-        int(lookups.mass().argmax()),
+        metrics.memory_use(counts),
+        metrics.beta_by_domain(counts),
+        metrics.memory_map(counts),
+        int(counts.weight.argmax()),
     )
 
 
 @fragment
 def show(opened: OpenCapture) -> None:
-    layer = choose_block("Block", metrics.layers_of(opened.capture, "memory"), "block")
-    rows = tuple(int(row) for row in opened.rows)
+    layer = choose_block("Block", opened.layers_of("memory"), "block")
+    rows = None if opened.whole is not None else opened.rows
     use, beta, heat_map, busiest = results(opened.key, layer, rows)
     options = {"path_use": opened.path_use, "theme": theme()}
     left, right = st.columns(2)
@@ -57,12 +70,10 @@ def show(opened: OpenCapture) -> None:
             figures.memory_map(heat_map, **options), "map", on_select="rerun", selection_mode="points"
         )
     with right:
-        show_row(opened, layer, rows, heat_map, busiest, picked)
+        show_row(opened, layer, heat_map, busiest, picked)
 
 
-def show_row(
-    opened: OpenCapture, layer: int, rows: tuple[int, ...], heat_map: Any, busiest: int, picked: Any
-) -> None:
+def show_row(opened: OpenCapture, layer: int, heat_map: Any, busiest: int, picked: Any) -> None:
     n1, n2 = heat_map.num_keys
     points = picked.selection.points if picked else []
     if points and points != st.session_state.get("picked"):
@@ -82,14 +93,43 @@ def show_row(
     st.caption(
         f"Row {address:,} is first key {address // n2}, second key {address % n2}. The most read is {busiest:,}."
     )
-    top = metrics.top_tokens(record(opened.key, layer, rows), address)
     tokenizer = tokenizer_of(opened.capture, current_view().shown)
     if tokenizer is None:
-        labels = ["token"] * len(top.tokens)
         st.caption("The tokens' texts are unknown: open the capture together with the model that made it.")
-    else:
-        labels = token_texts(tokenizer, top.tokens.tolist())
+    if opened.whole is None:
+        show_tokens(opened, layer, address, tokenizer)
+        return
+    config = opened.capture.attributes["config"]
+    top = metrics.top_contexts(opened.whole.summary, "memory row", layer, address, config=config)
+    texts = context_texts(opened, top, tokenizer)
+    chart(top_contexts(top, texts, path_use=opened.path_use, theme=theme()), "contexts")
+    if has_raw(opened, "memory", "The count of tokens that read a row") and st.toggle(
+        "Count the tokens that read it", key="count", bind="query-params",
+        help=f"Reads the lookups of {len(opened.rows):,} samples.",
+    ):  # fmt: skip
+        show_tokens(opened, layer, address, tokenizer)
+
+
+def show_tokens(opened: OpenCapture, layer: int, address: int, tokenizer: Any | None) -> None:
+    """The tokens that read a row most, counted in the raw lookups."""
+    top = metrics.top_tokens(record(opened.key, layer, opened.rows), address)
+    ids = top.tokens.tolist()
+    labels = ["token"] * len(ids) if tokenizer is None else token_texts(tokenizer, ids)
     chart(figures.top_tokens(top, labels, path_use=opened.path_use, theme=theme()), "top-tokens")
+
+
+def context_texts(opened: OpenCapture, top: metrics.TopContexts, tokenizer: Any | None) -> list[str]:
+    """The token of each context, after a few that stand before it."""
+    tokens = opened.capture["tokens"]["token"].isel(sample=top.sample).to_numpy()
+    texts: list[str] = []
+    for ids, position in zip(tokens, top.position.tolist(), strict=True):
+        if tokenizer is None:
+            texts.append(f"token id {ids[position]}")
+            continue
+        start = max(0, position - TOKENS_BEFORE)
+        *before, last = token_texts(tokenizer, ids[start : position + 1].tolist())
+        texts.append(("…" if start else "") + "".join(before) + f"[{last}]")
+    return texts
 
 
 st.title("Memory")

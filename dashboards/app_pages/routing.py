@@ -5,7 +5,16 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from dashboards.shared.charts import chart, theme
-from dashboards.shared.view import OpenCapture, current_capture, describe_capture, fragment, has_group
+from dashboards.shared.view import (
+    CaptureKey,
+    OpenCapture,
+    current_capture,
+    describe_capture,
+    fragment,
+    has_group,
+    has_raw,
+    whole_capture,
+)
 from hydra_lab import metrics
 from hydra_lab.capture import open_capture
 from hydra_lab.figures import routing as figures
@@ -20,8 +29,10 @@ VIEWS = {
 
 
 @st.cache_data(max_entries=64, show_spinner="Reading the routing …")
-def result(key: tuple[str, str, int], name: str, rows: NDArray[np.int64]) -> object:
-    """The metric `name` of the samples `rows`."""
+def result(key: CaptureKey, name: str, rows: NDArray[np.int64] | None) -> object:
+    """The metric `name` of the samples `rows`; of all of them, from the summary, where that is None."""
+    if rows is None:
+        return getattr(metrics, name)(metrics.summarized_routing(whole_capture(key)))
     record = metrics.routing_record(open_capture(key[0]), samples=rows, weights=name == "expert_by_position")
     return getattr(metrics, name)(record)
 
@@ -39,13 +50,17 @@ def show(opened: OpenCapture) -> None:
             help="None chosen: all of them.",
         )  # fmt: skip
     assert view is not None
-    labels = opened.capture.domains
-    rows = opened.rows
+    rows = None if opened.whole is not None else opened.rows
     if domains:
-        rows = np.array([row for row in rows if labels[row] in domains], dtype=np.int64)
-    if len(rows) == 0:
-        st.info("None of the samples that are read has these domains: choose others.")
-        return
+        if not has_raw(opened, "routing", "A choice of domains"):
+            return
+        labels = opened.capture.domains
+        rows = np.array([row for row in opened.rows if labels[row] in domains], dtype=np.int64)
+        if len(rows) == 0:
+            st.info("None of the samples that are read has these domains: choose others.")
+            return
+        if len(opened.rows) < opened.capture.num_samples:
+            st.caption(f"Drawn from {len(rows):,} samples of these domains, evenly spaced.")
     for name in VIEWS[view]:
         figure = getattr(figures, name)
         chart(figure(result(opened.key, name, rows), path_use=opened.path_use, theme=theme()), name)

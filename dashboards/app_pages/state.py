@@ -2,34 +2,48 @@
 
 from typing import Any
 
+import numpy as np
 import streamlit as st
+from numpy.typing import NDArray
 
 from dashboards.shared.charts import chart, theme
 from dashboards.shared.view import (
+    CaptureKey,
     OpenCapture,
     choose_block,
     current_capture,
     describe_capture,
     fragment,
     has_group,
+    whole_capture,
 )
 from hydra_lab import figures, metrics
 from hydra_lab.capture import open_capture
 
-# Group of the capture, path, reader of the record, and the metrics (whose figures have the same names).
+# Group of the capture (the path has the same name), readers of its summary and of its raw arrays, and the metrics (whose
+# figures have the same names).
 VIEWS = {
-    "State space": ("ssm", "ssm", metrics.state_record, ("state_norms", "half_life")),
-    "Workspace": ("workspace", "workspace", metrics.workspace_record, ("slot_reads", "slot_writes")),
-    "Attention": ("attention", "attention", metrics.selection_record, ("selection_use",)),
-}
+    "State space": (
+        "ssm", metrics.summarized_states, metrics.state_record, ("state_norms", "half_life"),
+    ),
+    "Workspace": (
+        "workspace", metrics.summarized_workspace, metrics.workspace_record, ("slot_reads", "slot_writes"),
+    ),
+    "Attention": (
+        "attention", metrics.summarized_selections, metrics.selection_record, ("selection_use",),
+    ),
+}  # fmt: skip
 
 
 @st.cache_data(max_entries=64, show_spinner="Reading the capture …")
-def results(key: tuple[str, str, int], view: str, layer: int, rows: tuple[int, ...]) -> list[Any]:
-    """The metrics of a view."""
-    _, _, read, names = VIEWS[view]
-    record = read(open_capture(key[0]), layer, samples=list(rows))
-    return [getattr(metrics, name)(record) for name in names]
+def results(key: CaptureKey, view: str, layer: int, rows: NDArray[np.int64] | None) -> list[Any]:
+    """The metrics of a view, of the samples `rows`; of all of them, from the summary, where that is None."""
+    _, summarized, read, names = VIEWS[view]
+    if rows is None:
+        source: Any = summarized(whole_capture(key), layer)
+    else:
+        source = read(open_capture(key[0]), layer, samples=rows)
+    return [getattr(metrics, name)(source) for name in names]
 
 
 @fragment
@@ -40,13 +54,12 @@ def show(opened: OpenCapture) -> None:
             "Show", list(VIEWS), default="State space", required=True, key="show", bind="query-params"
         )
     assert view is not None
-    group, path, _, names = VIEWS[view]
-    if not has_group(opened, group, path):
+    group, *_, names = VIEWS[view]
+    if not has_group(opened, group, group):
         return
     with right:
-        layer = choose_block("Block", metrics.layers_of(opened.capture, group), f"{path}_block")
-    rows = tuple(int(row) for row in opened.rows)
-    drawn = results(opened.key, view, layer, rows)
+        layer = choose_block("Block", opened.layers_of(group), f"{group}_block")
+    drawn = results(opened.key, view, layer, None if opened.whole is not None else opened.rows)
     # The workspace's figures are two plots wide each: one below the other.
     places = [st.container() for _ in names] if view == "Workspace" else st.columns(len(names))
     for place, name, result in zip(places, names, drawn, strict=True):

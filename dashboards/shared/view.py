@@ -1,5 +1,6 @@
 """What every page needs to know: which model and capture are on show, and how to say that something is missing."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -13,12 +14,16 @@ from numpy.typing import NDArray
 from dashboards.shared.sample_capture import SampleJob, sample_job, show_progress
 from dashboards.shared.sources import LoadedModel, Shown, loaded_model
 from hydra_lab.capture import open_capture
+from hydra_lab.capture.layout import SUMMARY
 from hydra_lab.capture.store import Capture
-from hydra_lab.metrics import captured_path_use
+from hydra_lab.interventions import from_dict
+from hydra_lab.metrics import captured_path_use, summarized_path_use
+from hydra_lab.metrics.arrays import domain_order
 from hydra_lab.path_use import PathUse
+from hydra_lab.summaries import Summary, layers_of
 
 MAX_TOKENS_READ = 400_000
-"""Tokens of a capture that a page reads at most; of a larger one, evenly spaced samples."""
+"""Tokens of a capture that a page reads raw arrays of at most; of a larger one, evenly spaced samples."""
 
 SAMPLES_OF = "sample texts of "
 
@@ -99,25 +104,55 @@ def current_job() -> SampleJob:
     return sample_job(current_model())
 
 
+CaptureKey = tuple[str, str, int]
+"""Path, hash of the weights and number of samples of a capture: changes when the capture changes; for caches."""
+
+
+@dataclass(frozen=True, eq=False)
+class WholeCapture:
+    """What is known of all samples of a capture without any raw array; the `summarized_...` functions of
+    `hydra_lab.metrics` take it.
+
+    Attributes:
+        attributes: of the capture.
+        summary: its running summary.
+    """
+
+    attributes: dict[str, Any]
+    summary: Summary
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains in order of first appearance."""
+        names = self.attributes["domains"]
+        return tuple(names[z] for z in domain_order(self.summary["tokens"]["first_sample"]))
+
+
 @dataclass(frozen=True, eq=False)
 class OpenCapture:
     """A capture with what a page says about it.
 
     Attributes:
-        rows: samples that are read, in order.
+        whole: its summary; None where it keeps none, and pages read raw arrays.
+        rows: samples of which pages read raw arrays, in order.
         path_use: of the model that made it: measured where that is known, else shares alone.
-        key: changes when the capture changes; for caches.
+        key: for caches.
     """
 
     capture: Capture
+    whole: WholeCapture | None
     rows: NDArray[np.int64]
     path_use: PathUse | None
-    key: tuple[str, str, int]
+    key: CaptureKey
 
     @property
     def domains(self) -> tuple[str, ...]:
         """Domains in order of first appearance."""
-        return tuple(dict.fromkeys(self.capture.domains))
+        return self.whole.domains if self.whole is not None else tuple(dict.fromkeys(self.capture.domains))
+
+    def layers_of(self, group: str) -> tuple[int, ...]:
+        """The blocks that have a group."""
+        return layers_of(self.capture.attributes["config"], group)
 
 
 def current_capture() -> OpenCapture:
@@ -152,9 +187,19 @@ def _open(path: str, path_use: PathUse | None) -> OpenCapture:
             f"{path} holds no committed sample yet: finish it with `hydra-lab capture ... --resume`."
         )
     key = (str(Path(path).resolve()), str(capture.attributes["weights_sha256"]), capture.num_samples)
-    if path_use is None and "paths" in capture.groups:
+    whole = whole_capture(key) if SUMMARY in capture.attributes["signals"] else None
+    if path_use is None and whole is not None and "paths" in whole.summary:
+        path_use = summarized_path_use(whole)
+    elif path_use is None and "paths" in capture.groups:
         path_use = _shares(key)
-    return OpenCapture(capture, _rows(key, MAX_TOKENS_READ), path_use, key)
+    return OpenCapture(capture, whole, _rows(key, MAX_TOKENS_READ), path_use, key)
+
+
+@st.cache_resource(max_entries=4, show_spinner="Reading the summary …")
+def whole_capture(key: CaptureKey) -> WholeCapture:
+    """The summary of a capture that keeps one; shared, not copied, because it may be large."""
+    capture = open_capture(key[0])
+    return WholeCapture(capture.attributes, capture.summary)
 
 
 def _path_use_of(view: View, path: str) -> PathUse | None:
@@ -168,12 +213,12 @@ def _path_use_of(view: View, path: str) -> PathUse | None:
 
 
 @st.cache_data(max_entries=16, show_spinner=False)
-def _shares(key: tuple[str, str, int]) -> PathUse:
+def _shares(key: CaptureKey) -> PathUse:
     return captured_path_use(open_capture(key[0]))
 
 
 @st.cache_data(max_entries=16, show_spinner=False)
-def _rows(key: tuple[str, str, int], max_tokens: int) -> NDArray[np.int64]:
+def _rows(key: CaptureKey, max_tokens: int) -> NDArray[np.int64]:
     """All samples, or as many evenly spaced ones as hold about `max_tokens` tokens."""
     capture = open_capture(key[0])
     keep = min(1.0, max_tokens / max(1, capture.num_tokens))
@@ -186,7 +231,7 @@ def describe_capture(opened: OpenCapture) -> None:
     capture = opened.capture
     part = (
         ""
-        if len(opened.rows) == capture.num_samples
+        if opened.whole is not None or len(opened.rows) == capture.num_samples
         else f", of which {len(opened.rows):,} evenly spaced are read"
     )
     state = "" if capture.complete else " (interrupted: `hydra-lab capture ... --resume` goes on with it)"
@@ -210,13 +255,40 @@ def choose_block(label: str, layers: Sequence[int], key: str) -> int:
 
 
 def has_group(opened: OpenCapture, group: str, path: str) -> bool:
-    """Whether the capture holds `group`; says what to do where it does not."""
-    if group in opened.capture.groups:
+    """Whether the capture holds `group`, in full or in its summary; says what to do where it does not."""
+    if group in opened.capture.groups or (opened.whole is not None and group in opened.whole.summary):
         return True
-    if opened.capture.attributes["config"].get(f"{path}_layers") == []:
+    if not opened.layers_of(group):
         st.info(f"This model has no {path} path.")
     else:
-        st.info(
-            f"This capture was made without the signal {group}: capture it again with `--signal {group}`."
-        )
+        st.info(f"This capture was made without the signal {group}: {capture_again(opened, group)}")
     return False
+
+
+def has_raw(opened: OpenCapture, group: str, what: str) -> bool:
+    """Whether the capture holds `group` in full; says what to do where it does not.
+
+    Args:
+        what: what needs it, the subject of a sentence in the singular.
+    """
+    if group in opened.capture.groups:
+        return True
+    st.info(
+        f"{what} needs {group} of every sample, of which this capture keeps the summary alone: "
+        f"{capture_again(opened, group)}"
+    )
+    return False
+
+
+def capture_again(opened: OpenCapture, group: str) -> str:
+    """How to get a capture with `group` in full: the command that made this one, with that signal."""
+    attributes = opened.capture.attributes
+    files = " ".join(shlex.quote(str(source["path"])) for source in attributes["sources"][:3])
+    more = " ..." if len(attributes["sources"]) > 3 else ""
+    changes = [str(from_dict(change)) for change in attributes.get("interventions", [])]
+    options = [f"--intervene {shlex.quote(change)}" for change in changes]
+    options += [f"--signal {name}" for name in dict.fromkeys([*attributes["signals"], group])]
+    return (
+        f"`hydra-lab capture {attributes['model_name'] or 'MODEL'} {files}{more} --out NEW.zarr "
+        f"--sequence-length {attributes['sequence_length']} {' '.join(options)}`"
+    )

@@ -7,18 +7,21 @@ metrics need of it, counted from a record or taken from a capture's running summ
 """
 
 from hydra_lab.metrics.attention import HitRate as HitRate
-from hydra_lab.metrics.attention import SelectionRecord as SelectionRecord
 from hydra_lab.metrics.attention import SelectionUse as SelectionUse
 from hydra_lab.metrics.attention import TargetRecord as TargetRecord
 from hydra_lab.metrics.attention import hit_rate as hit_rate
 from hydra_lab.metrics.attention import num_candidates as num_candidates
 from hydra_lab.metrics.attention import selection_use as selection_use
+from hydra_lab.metrics.attention_counts import SelectionCounts as SelectionCounts
+from hydra_lab.metrics.attention_counts import SelectionRecord as SelectionRecord
 from hydra_lab.metrics.attention_mass import KINDS as KINDS
 from hydra_lab.metrics.attention_mass import MassByKind as MassByKind
+from hydra_lab.metrics.attention_mass import MassCounts as MassCounts
 from hydra_lab.metrics.attention_mass import MassRecord as MassRecord
 from hydra_lab.metrics.attention_mass import keys_in_view as keys_in_view
 from hydra_lab.metrics.attention_mass import mass_by_kind as mass_by_kind
 from hydra_lab.metrics.attention_mass import mass_record as mass_record
+from hydra_lab.metrics.attention_mass import summarized_mass as summarized_mass
 from hydra_lab.metrics.contexts import ContextKind as ContextKind
 from hydra_lab.metrics.contexts import TopContexts as TopContexts
 from hydra_lab.metrics.contexts import top_contexts as top_contexts
@@ -62,6 +65,9 @@ from hydra_lab.metrics.records import state_record as state_record
 from hydra_lab.metrics.records import summarized_lookups as summarized_lookups
 from hydra_lab.metrics.records import summarized_path_use as summarized_path_use
 from hydra_lab.metrics.records import summarized_routing as summarized_routing
+from hydra_lab.metrics.records import summarized_selections as summarized_selections
+from hydra_lab.metrics.records import summarized_states as summarized_states
+from hydra_lab.metrics.records import summarized_workspace as summarized_workspace
 from hydra_lab.metrics.records import workspace_record as workspace_record
 from hydra_lab.metrics.router import ExpertSparsity as ExpertSparsity
 from hydra_lab.metrics.router import RouterSaturation as RouterSaturation
@@ -95,11 +101,12 @@ from hydra_lab.metrics.ssm import HalfLife as HalfLife
 from hydra_lab.metrics.ssm import HalfLifeByDomain as HalfLifeByDomain
 from hydra_lab.metrics.ssm import HalfLifeByPosition as HalfLifeByPosition
 from hydra_lab.metrics.ssm import StateNorms as StateNorms
-from hydra_lab.metrics.ssm import StateRecord as StateRecord
 from hydra_lab.metrics.ssm import half_life as half_life
 from hydra_lab.metrics.ssm import half_life_by_domain as half_life_by_domain
 from hydra_lab.metrics.ssm import half_life_by_position as half_life_by_position
 from hydra_lab.metrics.ssm import state_norms as state_norms
+from hydra_lab.metrics.ssm_counts import StateCounts as StateCounts
+from hydra_lab.metrics.ssm_counts import StateRecord as StateRecord
 from hydra_lab.metrics.ssm_growth import NormGrowth as NormGrowth
 from hydra_lab.metrics.ssm_growth import StateSaturation as StateSaturation
 from hydra_lab.metrics.ssm_growth import norm_growth as norm_growth
@@ -112,13 +119,14 @@ from hydra_lab.metrics.workspace import ReadEntropy as ReadEntropy
 from hydra_lab.metrics.workspace import ReadLag as ReadLag
 from hydra_lab.metrics.workspace import SlotReads as SlotReads
 from hydra_lab.metrics.workspace import SlotWrites as SlotWrites
-from hydra_lab.metrics.workspace import WorkspaceRecord as WorkspaceRecord
 from hydra_lab.metrics.workspace import WriteEntropy as WriteEntropy
 from hydra_lab.metrics.workspace import read_entropy as read_entropy
 from hydra_lab.metrics.workspace import read_lag as read_lag
 from hydra_lab.metrics.workspace import slot_reads as slot_reads
 from hydra_lab.metrics.workspace import slot_writes as slot_writes
 from hydra_lab.metrics.workspace import write_entropy as write_entropy
+from hydra_lab.metrics.workspace_counts import WorkspaceCounts as WorkspaceCounts
+from hydra_lab.metrics.workspace_counts import WorkspaceRecord as WorkspaceRecord
 from hydra_lab.path_use import IDLE_LOSS as IDLE_LOSS
 from hydra_lab.path_use import IDLE_SHARE as IDLE_SHARE
 from hydra_lab.path_use import PathUse as PathUse

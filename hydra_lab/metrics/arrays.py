@@ -8,14 +8,15 @@ Shape suffixes used throughout `hydra_lab.metrics`:
     R  rows of the memory's values    V  bins
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_lab.summaries import NO_SAMPLE
+from hydra_lab.summaries import NO_SAMPLE, Summary, layers_of
 from hydra_lab.summaries import bin_edges as bin_edges
+from hydra_lab.summaries.arrays import relative_entropy as relative_entropy
 from hydra_lab.summaries.arrays import valid_mask as valid_mask
 
 FloatArray = NDArray[np.float64]
@@ -38,6 +39,55 @@ def domain_order(first_sample_Z: IntArray) -> IntArray:
     """Indices of a summary's domains that occur, in order of first appearance (as `domain_codes` has them)."""
     order = np.argsort(first_sample_Z, kind="stable")
     return order[first_sample_Z[order] != NO_SAMPLE]
+
+
+def summarized_group(summary: Summary, group: str) -> Mapping[str, NDArray[Any]]:
+    """The arrays of a group of a running summary.
+
+    Raises:
+        ValueError: the summary does not hold the group.
+    """
+    if group not in summary:
+        raise ValueError(f"the summary has no {group}; it has {', '.join(summary)}")
+    return summary[group]
+
+
+def summarized_block(
+    summary: Summary, group: str, layer: int, config: Mapping[str, Any]
+) -> dict[str, NDArray[Any]]:
+    """The arrays of block `layer` of a group of a running summary.
+
+    Raises:
+        ValueError: the summary does not hold the group, or the block does not have it.
+    """
+    arrays, layers = summarized_group(summary, group), layers_of(config, group)
+    if layer not in layers:
+        raise ValueError(f"block {layer} has no {group}; blocks {', '.join(map(str, layers))} have")
+    return {name: array[layers.index(layer)] for name, array in arrays.items()}
+
+
+def needs_record(metric: str, reader: str) -> ValueError:
+    """The error of a metric that is given counts and needs the samples one by one."""
+    return ValueError(
+        f"{metric} looks at every sample by itself, which counts do not hold: give it the record that "
+        f"hydra_lab.metrics.{reader} reads from the capture's raw arrays"
+    )
+
+
+def tokens_at_least(length_L: IntArray) -> IntArray:
+    """[L] samples that have a token at each position, from the samples with 0, 1, ... L tokens."""
+    return np.cumsum(length_L[::-1])[::-1][1:]
+
+
+def binned_tokens(length_L: IntArray, num_bins: int) -> tuple[IntArray, IntArray]:
+    """Edges of `num_bins` bins of positions, and the tokens in each bin, of the samples with 0, 1, ... L tokens."""
+    edges = bin_edges(len(length_L) - 1, num_bins)
+    return edges, np.add.reduceat(tokens_at_least(length_L), edges[:-1])
+
+
+def total_tokens(length_L: IntArray) -> int:
+    """Tokens of the samples with 0, 1, ... L tokens."""
+    return int(length_L @ np.arange(len(length_L)))
 
 
 def ratio(numerator: FloatArray, denominator: FloatArray | float) -> FloatArray:

@@ -6,39 +6,25 @@ See `hydra_lab.metrics.arrays` for the shape suffixes. A query at position t alw
 window: `j < t // block_size` and `j * block_size <= t - window`. With tile selection the last token of the tile
 takes the place of t in the second condition.
 
-Where the attention's probability goes is measured in `hydra_lab.metrics.attention_mass`.
+Where the attention's probability goes is measured in `hydra_lab.metrics.attention_mass`. `selection_use` reads counts
+alone, so it takes a record or counts (`hydra_lab.metrics.attention_counts`).
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from hydra_lab.metrics.arrays import AnyIntArray, FloatArray, IntArray, check_shape, ratio, valid_mask
-
-
-@dataclass(frozen=True, eq=False)
-class SelectionRecord:
-    """Recorded selections of one block: what the metrics below read.
-
-    Attributes:
-        layer: index of the block.
-        blocks: [N, L, H, K] selected block indices per key-value head, -1 where fewer qualify; entries past a
-            sample's end are ignored.
-        length: [N] tokens of each sample.
-        window: tokens of the sliding window.
-        block_size: tokens per block.
-        tiled: whether the first token of a block-sized tile selects for the whole tile (`selection="tile"`).
-    """
-
-    layer: int
-    blocks: AnyIntArray
-    length: IntArray
-    window: int
-    block_size: int
-    tiled: bool = False
-
-    def __post_init__(self) -> None:
-        check_shape("blocks", self.blocks, (len(self.length), None, None, None))
+from hydra_lab.metrics.arrays import (
+    AnyIntArray,
+    FloatArray,
+    IntArray,
+    check_shape,
+    needs_record,
+    ratio,
+    tokens_at_least,
+)
+from hydra_lab.metrics.attention_counts import SelectionRecord, Selections, counts_of
+from hydra_lab.summaries import distance_edges
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,45 +58,35 @@ class SelectionUse:
     num_samples: int
 
 
-def selection_use(record: SelectionRecord) -> SelectionUse:
+def selection_use(selections: Selections) -> SelectionUse:
     """Distance distribution and selectivity of the attention's block selection; see `SelectionUse`."""
-    num_samples, num_positions, num_heads, num_places = record.blocks.shape
-    valid_NL = valid_mask(record.length, num_positions)
+    counts = counts_of(selections)
+    size, num_places = counts.block_size, counts.num_selected
+    num_positions = len(counts.length) - 1
     position_L = np.arange(num_positions, dtype=np.int64)
-    selected = (record.blocks >= 0) & valid_NL[:, :, None, None]
-
-    edges = _distance_edges(num_positions, record.block_size)
-    num_bins = len(edges) - 1
-    count_HV = np.zeros((num_heads, num_bins))
-    total_H, sum_H = np.zeros((2, num_heads))
-    for h in range(num_heads):
-        sample, query, place = np.nonzero(selected[:, :, h])
-        found = query - record.blocks[sample, query, h, place].astype(np.int64) * record.block_size
-        count_HV[h] = np.histogram(found, bins=edges)[0]
-        total_H[h], sum_H[h] = len(found), found.sum()
-
-    queries_L = valid_NL.sum(axis=0)
-    candidates_L = num_candidates(
-        position_L, window=record.window, block_size=record.block_size, tiled=record.tiled
-    )
-    uniform_V = np.zeros(num_bins)
-    for j in range(1, num_positions // record.block_size):
+    queries_L = tokens_at_least(counts.length)
+    candidates_L = num_candidates(position_L, window=counts.window, block_size=size, tiled=counts.tiled)
+    edges = distance_edges(num_positions, size)
+    uniform_V = np.zeros(len(edges) - 1)
+    for j in range(1, num_positions // size):
         queries = np.flatnonzero(candidates_L >= j)
         drawn = np.minimum(num_places, candidates_L[queries]) / candidates_L[queries] * queries_L[queries]
-        uniform_V += np.histogram(queries - j * record.block_size, bins=edges, weights=drawn)[0]
+        uniform_V += np.histogram(queries - j * size, bins=edges, weights=drawn)[0]
 
+    distances_HV = counts.distance_count.astype(np.float64)
+    total_H = distances_HV.sum(axis=1)
     num_queries = int(queries_L.sum())
     return SelectionUse(
-        layer=record.layer,
+        layer=counts.layer,
         edges=edges,
-        share=ratio(count_HV, total_H[:, None]),
+        share=ratio(distances_HV, total_H[:, None]),
         share_if_uniform=ratio(uniform_V, uniform_V.sum(keepdims=True)),
-        mean_distance=ratio(sum_H, total_H),
+        mean_distance=ratio(counts.distance_sum.astype(np.float64), total_H),
         selected_share=ratio(total_H, np.array(float((candidates_L * queries_L).sum()))),
         filled=ratio(total_H, np.array(float(num_queries * num_places))),
         num_queries=num_queries,
         num_with_candidates=int(queries_L[candidates_L > 0].sum()),
-        num_samples=num_samples,
+        num_samples=int(counts.length.sum()),
     )
 
 
@@ -138,6 +114,8 @@ class TargetRecord:
     target: AnyIntArray
 
     def __post_init__(self) -> None:
+        if not isinstance(self.selection, SelectionRecord):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise needs_record("hit_rate", "selection_record")
         num_queries = len(self.query)
         for name in ("sample", "query", "target"):
             check_shape(name, getattr(self, name), (num_queries,))
@@ -205,7 +183,7 @@ def hit_rate(record: TargetRecord) -> HitRate:
     num_places = selection.blocks.shape[-1]
     chance_Q = ratio(np.minimum(num_places, candidates).astype(np.float64), candidates.astype(np.float64))
 
-    edges = _distance_edges(selection.blocks.shape[1], size)
+    edges = distance_edges(selection.blocks.shape[1], size)
     in_bin_VQ = np.digitize(query - target, edges) - 1 == np.arange(len(edges) - 1)[:, None]
     eligible_VQ = in_bin_VQ & eligible
     queries_V, eligible_V = in_bin_VQ.sum(axis=1), eligible_VQ.sum(axis=1)
@@ -233,10 +211,3 @@ def hit_rate(record: TargetRecord) -> HitRate:
         num_queries=queries_V.astype(np.int64),
         num_samples=len(np.unique(record.sample)),
     )
-
-
-def _distance_edges(num_positions: int, block_size: int) -> IntArray:
-    """Doubling edges of distances below `num_positions`: 0, one block, two, four, ..."""
-    largest = max(num_positions, 2 * block_size)
-    doublings = np.arange(int(np.ceil(np.log2(largest / block_size))) + 1)
-    return np.concatenate([[0], block_size * 2**doublings]).astype(np.int64)

@@ -2,9 +2,14 @@
 
 See `hydra_lab.metrics.arrays` for the shape suffixes; in addition Q stands for query heads. The mass of a token
 sums to 1 over the three kinds; a key that qualifies twice counts for the first (`hydra_lab.taps.AttentionMass`).
+`mass_by_kind` takes a record (`mass_record`) or, without any raw array, sums from a capture's running summary
+(`summarized_mass`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +17,18 @@ from hydra_lab.metrics.arrays import (
     AnyFloatArray,
     FloatArray,
     IntArray,
-    bin_edges,
+    binned_tokens,
     check_shape,
     ratio,
-    valid_mask,
+    rebinned,
+    summarized_group,
+    tokens_at_least,
 )
 from hydra_lab.metrics.attention import num_candidates
-from hydra_lab.metrics.records import ALL, CaptureLike, Rows, layers_of
+from hydra_lab.metrics.records import ALL, CaptureLike, Rows, SummarizedCapture, layers_of
+from hydra_lab.summaries import Summary, position_edges
+from hydra_lab.summaries import layers_of as layers_with
+from hydra_lab.summaries.attention import sum_mass
 
 KINDS = ("window", "sink", "selected")
 """Where attention goes, in the order of every `kind` axis."""
@@ -49,6 +59,68 @@ class MassRecord:
     def __post_init__(self) -> None:
         check_shape("mass", self.mass, (len(self.layers), len(self.length), None, None, len(KINDS)))
 
+    @cached_property
+    def counts(self) -> "MassCounts":
+        """What `mass_by_kind` needs of the record, counted once."""
+        num_positions = self.mass.shape[2]
+        edges = np.arange(num_positions + 1, dtype=np.int64)
+        return MassCounts(
+            layers=self.layers,
+            length=np.bincount(self.length, minlength=num_positions + 1).astype(np.int64),
+            edges=edges,
+            mass_by_position=np.stack([sum_mass(mass_NLQ3, self.length, edges) for mass_NLQ3 in self.mass]),
+            window=self.window,
+            block_size=self.block_size,
+            num_selected=self.num_selected,
+            tiled=self.tiled,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MassCounts:
+    """Sums of the attention mass of all blocks that have attention.
+
+    Attributes:
+        layers: [Y] indices of the blocks.
+        length: [L+1] samples with 0, 1, ... L tokens.
+        edges: [V+1] edges of the bins of positions, in tokens.
+        mass_by_position: [Y, V, Q, 3] sum over the bin's tokens of the share of each query head's probability by kind.
+        window, block_size, num_selected, tiled: as in `MassRecord`.
+    """
+
+    layers: tuple[int, ...]
+    length: IntArray
+    edges: IntArray
+    mass_by_position: FloatArray
+    window: int
+    block_size: int
+    num_selected: int
+    tiled: bool = False
+
+    @classmethod
+    def from_summary(cls, summary: Summary, *, config: Mapping[str, Any]) -> "MassCounts":
+        """The sums that a capture's running summary holds.
+
+        Args:
+            config: the model's configuration as a dict.
+
+        Raises:
+            ValueError: the summary holds no mass.
+        """
+        arrays = summarized_group(summary, "mass")
+        length_L: IntArray = summary["tokens"]["length"].sum(axis=0)
+        return cls(
+            layers=layers_with(config, "mass"),
+            length=length_L,
+            edges=position_edges(len(length_L) - 1),
+            mass_by_position=arrays["mass_by_position"],
+            **_attention_of(config),
+        )
+
+
+Masses = MassRecord | MassCounts
+"""What `mass_by_kind` takes."""
+
 
 def mass_record(capture: CaptureLike, *, samples: Rows = ALL) -> MassRecord:
     """Attention mass of all blocks that have attention, from a capture that was asked for the signal "mass"."""
@@ -60,11 +132,26 @@ def mass_record(capture: CaptureLike, *, samples: Rows = ALL) -> MassRecord:
         layers=layers_of(capture, "mass"),
         mass=mass.transpose("layer", "sample", "position", "query_head", "kind").to_numpy(),
         length=length.to_numpy().astype(np.int64),
-        window=int(config["attention_window"]),
-        block_size=int(config["attention_block_size"]),
-        num_selected=int(config["attention_num_selected"]),
-        tiled=config["attention_selection"] == "tile",
+        **_attention_of(config),
     )
+
+
+def summarized_mass(capture: SummarizedCapture) -> MassCounts:
+    """Attention mass of the whole capture, from its summary; `mass_by_kind` takes it in place of a record.
+
+    Raises:
+        ValueError: the summary holds no mass.
+    """
+    return MassCounts.from_summary(capture.summary, config=capture.attributes["config"])
+
+
+def _attention_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "window": int(config["attention_window"]),
+        "block_size": int(config["attention_block_size"]),
+        "num_selected": int(config["attention_num_selected"]),
+        "tiled": config["attention_selection"] == "tile",
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,44 +181,36 @@ class MassByKind:
     num_samples: int
 
 
-def mass_by_kind(record: MassRecord, num_bins: int = 64) -> MassByKind:
+def mass_by_kind(masses: Masses, num_bins: int = 64) -> MassByKind:
     """Where the attention goes, by block and query head and by position in `num_bins` bins; see `MassByKind`.
 
     Raises:
-        ValueError: the record holds no token.
+        ValueError: there is no token, or the counts' bins of positions cannot be put together to that many.
     """
-    num_layers, num_samples, num_positions, num_heads, num_kinds = record.mass.shape
-    valid_NL = valid_mask(record.length, num_positions)
-    if not valid_NL.any():
+    counts = masses.counts if isinstance(masses, MassRecord) else masses
+    tokens_L = tokens_at_least(counts.length).astype(np.float64)
+    if not tokens_L.any():
         raise ValueError("the record holds no token")
-    edges = bin_edges(num_positions, num_bins)
-    tokens_L = valid_NL.sum(axis=0).astype(np.float64)
-    tokens_V = np.add.reduceat(tokens_L, edges[:-1])
-    by_head_YQ3 = np.zeros((num_layers, num_heads, num_kinds))
-    by_position_YV3 = np.zeros((num_layers, len(edges) - 1, num_kinds))
-    for y, mass_NLQ3 in enumerate(record.mass):
-        sum_LQ3 = mass_NLQ3.sum(axis=0, where=valid_NL[..., None, None], dtype=np.float64)
-        by_head_YQ3[y] = sum_LQ3.sum(axis=0) / tokens_L.sum()
-        sum_V3 = np.add.reduceat(sum_LQ3.mean(axis=1), edges[:-1], axis=0)
-        by_position_YV3[y] = ratio(sum_V3, tokens_V[:, None])
-
+    edges, tokens_V = binned_tokens(counts.length, num_bins)
+    mass_YVQ3 = rebinned(counts.mass_by_position, counts.edges, edges, axis=1)
     keys_L3 = keys_in_view(
-        np.arange(num_positions, dtype=np.int64),
-        window=record.window,
-        block_size=record.block_size,
-        num_selected=record.num_selected,
-        tiled=record.tiled,
+        np.arange(len(tokens_L), dtype=np.int64),
+        window=counts.window,
+        block_size=counts.block_size,
+        num_selected=counts.num_selected,
+        tiled=counts.tiled,
     )
     share_L3 = keys_L3 / keys_L3.sum(axis=1, keepdims=True) * tokens_L[:, None]
+    number_V1 = tokens_V[:, None].astype(np.float64)
     return MassByKind(
-        layers=record.layers,
-        by_head=by_head_YQ3,
+        layers=counts.layers,
+        by_head=mass_YVQ3.sum(axis=1) / tokens_L.sum(),
         edges=edges,
-        by_position=by_position_YV3,
+        by_position=ratio(mass_YVQ3.mean(axis=2), number_V1),
         keys=share_L3.sum(axis=0) / tokens_L.sum(),
-        keys_by_position=ratio(np.add.reduceat(share_L3, edges[:-1], axis=0), tokens_V[:, None]),
-        num_tokens=tokens_V.astype(np.int64),
-        num_samples=num_samples,
+        keys_by_position=ratio(np.add.reduceat(share_L3, edges[:-1], axis=0), number_V1),
+        num_tokens=tokens_V,
+        num_samples=int(counts.length.sum()),
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hydra_lab.metrics.arrays import FloatArray, IntArray
-from hydra_lab.summaries import NO_SCORE, Summary, layers_of
+from hydra_lab.metrics.arrays import FloatArray, IntArray, summarized_block, total_tokens
+from hydra_lab.summaries import NO_SCORE, Summary
 
 ContextKind = Literal["expert", "memory row", "slot read", "slot write"]
 
@@ -67,12 +67,8 @@ def top_contexts(
     group, name = _ARRAYS[kind]
     if f"{name}_score" not in summary.get(group, {}):
         raise ValueError(f"the summary has no contexts of kind {kind!r}")
-    layers = layers_of(config, group)
-    if layer not in layers:
-        raise ValueError(f"block {layer} has no {group}; blocks {', '.join(map(str, layers))} have")
-    score, sample, position = (
-        summary[group][f"{name}_{part}"][layers.index(layer)] for part in ("score", "sample", "position")
-    )
+    block = summarized_block(summary, group, layer, config)
+    score, sample, position = (block[f"{name}_{part}"] for part in ("score", "sample", "position"))
     if not 0 <= item < len(score):
         raise ValueError(f"{kind} {item} is not one of 0..{len(score) - 1}")
     found = score[item] != NO_SCORE
@@ -84,6 +80,6 @@ def top_contexts(
         score=score[item][found].astype(np.float64),
         sample=sample[item][found].astype(np.int64),
         position=position[item][found].astype(np.int64),
-        num_tokens=int(length_L @ np.arange(len(length_L))),
+        num_tokens=total_tokens(length_L),
         num_samples=int(length_L.sum()),
     )

@@ -22,9 +22,10 @@ from hydra_lab.metrics.arrays import (
     check_shape,
     domain_codes,
     domain_order,
+    summarized_block,
     valid_mask,
 )
-from hydra_lab.summaries import Summary, layers_of
+from hydra_lab.summaries import Summary
 from hydra_lab.summaries.arrays import Samples
 from hydra_lab.summaries.memory import MOST_ROW_CELLS, count_gates, count_reads
 from hydra_lab.summaries.tokens import length_counts
@@ -143,12 +144,7 @@ class LookupCounts:
         Raises:
             ValueError: the summary holds no memory, or the block has none.
         """
-        if "memory" not in summary:
-            raise ValueError(f"the summary has no memory; it has {', '.join(summary)}")
-        layers = layers_of(config, "memory")
-        if layer not in layers:
-            raise ValueError(f"block {layer} has no memory; blocks {', '.join(map(str, layers))} have")
-        block = {name: array[layers.index(layer)] for name, array in summary["memory"].items()}
+        block = summarized_block(summary, "memory", layer, config)
         present: list[int] = domain_order(summary["tokens"]["first_sample"]).tolist()
         by_domain = ("gate_sum", "gate_square", "gate_histogram", "weight_by_domain", "reads_by_domain")
         counted = {name: block[name][present] for name in by_domain if name in block}

@@ -7,19 +7,19 @@ Only the arrays that a record needs are read, for one block where the record spe
 which they are stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from hydra_lab.metrics.arrays import IntArray, ratio
-from hydra_lab.metrics.attention import SelectionRecord
+from hydra_lab.metrics.arrays import IntArray, ratio, summarized_group
+from hydra_lab.metrics.attention_counts import SelectionCounts, SelectionRecord
 from hydra_lab.metrics.memory_counts import LookupCounts, LookupRecord
 from hydra_lab.metrics.routing_counts import RoutingCounts, RoutingRecord
-from hydra_lab.metrics.ssm import StateRecord
-from hydra_lab.metrics.workspace import WorkspaceRecord
+from hydra_lab.metrics.ssm_counts import StateCounts, StateRecord
+from hydra_lab.metrics.workspace_counts import WorkspaceCounts, WorkspaceRecord
 from hydra_lab.path_use import PathUse
 from hydra_lab.summaries import Summary
 from hydra_lab.summaries.paths import token_sums
@@ -125,6 +125,39 @@ def summarized_lookups(capture: SummarizedCapture, layer: int) -> LookupCounts:
     )
 
 
+def summarized_workspace(capture: SummarizedCapture, layer: int) -> WorkspaceCounts:
+    """Workspace reads and writes of block `layer` in the whole capture, from its summary; the metrics take it in place
+    of a record.
+
+    Raises:
+        ValueError: the summary holds no workspace, or the block has none.
+    """
+    return WorkspaceCounts.from_summary(capture.summary, layer, config=capture.attributes["config"])
+
+
+def summarized_states(capture: SummarizedCapture, layer: int) -> StateCounts:
+    """States of block `layer` in the whole capture, from its summary; the metrics of size and half-life take it in
+    place of a record.
+
+    Raises:
+        ValueError: the summary holds no states, or there is no such block.
+    """
+    attributes = capture.attributes
+    return StateCounts.from_summary(
+        capture.summary, layer, config=attributes["config"], domains=attributes["domains"]
+    )
+
+
+def summarized_selections(capture: SummarizedCapture, layer: int) -> SelectionCounts:
+    """Block selections of the attention of block `layer` in the whole capture, from its summary; `selection_use` takes
+    it in place of a record.
+
+    Raises:
+        ValueError: the summary holds no attention, or the block has none.
+    """
+    return SelectionCounts.from_summary(capture.summary, layer, config=capture.attributes["config"])
+
+
 def lookup_record(capture: CaptureLike, layer: int, *, samples: Rows = ALL) -> LookupRecord:
     """Memory lookups of block `layer`."""
     group = _block(capture, "memory", layer, samples)
@@ -201,13 +234,11 @@ def summarized_path_use(capture: SummarizedCapture) -> PathUse:
     Raises:
         ValueError: the summary holds no paths.
     """
-    if "paths" not in capture.summary:
-        raise ValueError(f"the summary has no paths; it has {', '.join(capture.summary)}")
     layers = tuple(range(int(capture.attributes["config"]["num_hidden_layers"])))
-    return _path_use(layers, PATHS, capture.summary["paths"])
+    return _path_use(layers, PATHS, summarized_group(capture.summary, "paths"))
 
 
-def _path_use(layers: tuple[int, ...], paths: Sequence[str], sums: dict[str, NDArray[Any]]) -> PathUse:
+def _path_use(layers: tuple[int, ...], paths: Sequence[str], sums: Mapping[str, NDArray[Any]]) -> PathUse:
     share, cosine = (
         ratio(sums[f"{name}_sum"], sums[f"{name}_tokens"].astype(np.float64)) for name in ("share", "cosine")
     )

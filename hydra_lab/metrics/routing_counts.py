@@ -21,6 +21,8 @@ from hydra_lab.metrics.arrays import (
     check_shape,
     domain_codes,
     domain_order,
+    summarized_group,
+    tokens_at_least,
     valid_mask,
     weighted_counts,
 )
@@ -191,9 +193,7 @@ class RoutingCounts:
         Raises:
             ValueError: the summary holds no routing.
         """
-        if "routing" not in summary:
-            raise ValueError(f"the summary has no routing; it has {', '.join(summary)}")
-        arrays, tokens = summary["routing"], summary["tokens"]
+        arrays, tokens = summarized_group(summary, "routing"), summary["tokens"]
         present: list[int] = domain_order(tokens["first_sample"]).tolist()
         by_domain = ("chosen", "first", "switched", "kept", "margin_sum", "margin_square", "margin_histogram")
         counted = {name: arrays[name][:, present] for name in by_domain if name in arrays}
@@ -237,7 +237,7 @@ class RoutingCounts:
     @property
     def samples_with_position(self) -> IntArray:
         """[L] samples that have a token at the position."""
-        return np.cumsum(self.length.sum(axis=0)[::-1])[::-1][1:]
+        return tokens_at_least(self.length.sum(axis=0))
 
     @property
     def num_windows(self) -> IntArray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hydra_lab.metrics.arrays import AnyFloatArray, BoolArray, FloatArray, IntArray, ratio, valid_mask
-from hydra_lab.metrics.ssm import StateRecord
+from hydra_lab.metrics.ssm_counts import States, record_for
 
 TOLERANCE = 0.05
 """Growth of a state's norm with a doubling of the context, in doublings, that counts as none: 0.05 is 3.5%."""
@@ -47,15 +47,16 @@ class NormGrowth:
     num_samples: IntArray
 
 
-def norm_growth(record: StateRecord) -> NormGrowth:
+def norm_growth(states: States) -> NormGrowth:
     """Growth of each head's state norm per doubling of the context; see `NormGrowth`.
 
     The line is fitted at doublings alone, so that every doubling of the context weighs the same. A head's samples in
     which the state is exactly zero at one of the positions are left out.
 
     Raises:
-        ValueError: no sample has a whole chunk.
+        ValueError: no sample has a whole chunk, or `states` are counts.
     """
+    record = record_for("norm_growth", states)
     chunks_N = record.length // record.chunk_size
     if not (chunks_N > 0).any():
         raise ValueError(f"no sample has a whole chunk of {record.chunk_size} tokens")
@@ -111,14 +112,15 @@ class StateSaturation:
     num_samples: int
 
 
-def state_saturation(record: StateRecord, *, tolerance: float = TOLERANCE) -> StateSaturation:
+def state_saturation(states: States, *, tolerance: float = TOLERANCE) -> StateSaturation:
     """Late over middle state norm of each head, and whether it has stopped growing; see `StateSaturation`.
 
     Samples of fewer than `FEWEST_CHUNKS` whole chunks do not count.
 
     Raises:
-        ValueError: no sample is long enough.
+        ValueError: no sample is long enough, or `states` are counts.
     """
+    record = record_for("state_saturation", states)
     chunks_N = record.length // record.chunk_size
     long_enough = np.flatnonzero(chunks_N >= FEWEST_CHUNKS)
     if len(long_enough) == 0:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hydra_lab.metrics.arrays import AnyFloatArray, FloatArray, IntArray, bin_edges, ratio
-from hydra_lab.metrics.ssm import StateRecord
+from hydra_lab.metrics.ssm_counts import StateRecord, States, record_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +44,13 @@ class ReceptiveField:
     num_samples: int
 
 
-def receptive_field(record: StateRecord, *, threshold: float = 0.01) -> ReceptiveField:
+def receptive_field(states: States, *, threshold: float = 0.01) -> ReceptiveField:
     """Tokens back until each head's decays fall under `threshold`; see `ReceptiveField`.
 
     Raises:
-        ValueError: the record holds no token, or `threshold` does not lie between 0 and 1.
+        ValueError: the record holds no token, `threshold` does not lie between 0 and 1, or `states` are counts.
     """
+    record = record_for("receptive_field", states)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must lie between 0 and 1, got {threshold}")
     if record.length.sum() == 0:

@@ -2,7 +2,8 @@
 them, how long each one keeps what it holds, and how old what is read is.
 
 See `hydra_lab.metrics.arrays` for the shape suffixes. A slot's recurrence is
-`M_{c+1} = (1 - gate_c) M_c + gate_c U_c`, once per chunk.
+`M_{c+1} = (1 - gate_c) M_c + gate_c U_c`, once per chunk. The metrics read counts alone, so they take a record or
+counts (`hydra_lab.metrics.workspace_counts`).
 """
 
 from dataclasses import dataclass
@@ -10,46 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from hydra_lab.metrics.arrays import (
-    AnyFloatArray,
     FloatArray,
     IntArray,
-    bin_edges,
-    check_shape,
+    binned_tokens,
     ratio,
-    valid_mask,
+    rebinned,
+    relative_entropy,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class WorkspaceRecord:
-    """Recorded reads and writes of one block: what the metrics below read.
-
-    Attributes:
-        layer: index of the block.
-        read_address: [N, L, S] attention of each token over the slots.
-        read_gate: [N, L] read gate, 0..1.
-        write_gate: [N, C, S] share of the slot replaced at the end of each chunk, 0..1.
-        length: [N] tokens of each sample; entries past it are ignored.
-        chunk_size: tokens per chunk.
-        write_address: [N, L, S] attention of each slot over the tokens of the chunk that holds the token; None
-            where it was not read.
-    """
-
-    layer: int
-    read_address: AnyFloatArray
-    read_gate: AnyFloatArray
-    write_gate: AnyFloatArray
-    length: IntArray
-    chunk_size: int
-    write_address: AnyFloatArray | None = None
-
-    def __post_init__(self) -> None:
-        num_samples, num_positions, num_slots = self.read_address.shape
-        check_shape("read_gate", self.read_gate, (num_samples, num_positions))
-        check_shape("write_gate", self.write_gate, (num_samples, None, num_slots))
-        check_shape("length", self.length, (num_samples,))
-        if self.write_address is not None:
-            check_shape("write_address", self.write_address, self.read_address.shape)
+from hydra_lab.metrics.workspace_counts import Workspace, WorkspaceCounts, counts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,21 +43,23 @@ class SlotReads:
     num_samples: int
 
 
-def slot_reads(record: WorkspaceRecord, num_bins: int = 128) -> SlotReads:
-    """Mean attention on each slot by position, in `num_bins` bins; see `SlotReads`."""
-    num_samples, num_positions, _ = record.read_address.shape
-    edges = bin_edges(num_positions, num_bins)
-    valid_NL = valid_mask(record.length, num_positions)
-    read_LS = np.where(valid_NL[:, :, None], record.read_address, 0.0).sum(axis=0, dtype=np.float64)
-    gate_L = np.where(valid_NL, record.read_gate, 0.0).sum(axis=0, dtype=np.float64)
-    count_V = np.add.reduceat(valid_NL.sum(axis=0), edges[:-1])
+def slot_reads(workspace: Workspace, num_bins: int = 128) -> SlotReads:
+    """Mean attention on each slot by position, in `num_bins` bins; see `SlotReads`.
+
+    Raises:
+        ValueError: the counts' bins of positions cannot be put together to that many.
+    """
+    counts = counts_of(workspace)
+    edges, tokens_V = binned_tokens(counts.length, num_bins)
+    read_VS = rebinned(counts.read_by_position, counts.edges, edges, axis=0)
+    gate_V = rebinned(counts.read_gate_by_position, counts.edges, edges, axis=0)
     return SlotReads(
-        layer=record.layer,
+        layer=counts.layer,
         edges=edges,
-        read=ratio(np.add.reduceat(read_LS, edges[:-1], axis=0), count_V[:, None].astype(np.float64)),
-        gate=ratio(np.add.reduceat(gate_L, edges[:-1]), count_V.astype(np.float64)),
-        num_tokens=count_V.astype(np.int64),
-        num_samples=num_samples,
+        read=ratio(read_VS, tokens_V[:, None].astype(np.float64)),
+        gate=ratio(gate_V, tokens_V.astype(np.float64)),
+        num_tokens=tokens_V,
+        num_samples=counts.num_samples,
     )
 
 
@@ -124,37 +95,31 @@ class ReadEntropy:
     num_samples: int
 
 
-def read_entropy(record: WorkspaceRecord, num_bins: int = 128) -> ReadEntropy:
+def read_entropy(workspace: Workspace, num_bins: int = 128) -> ReadEntropy:
     """How many slots a token reads, by position in `num_bins` bins; see `ReadEntropy`.
 
     Raises:
-        ValueError: the record holds no token, or there is but one slot.
+        ValueError: there is no token, or there is but one slot, or the counts' bins of positions cannot be put
+            together to that many.
     """
-    num_samples, num_positions, num_slots = record.read_address.shape
-    edges = bin_edges(num_positions, num_bins)
-    valid_NL = valid_mask(record.length, num_positions)
-    if not valid_NL.any():
+    counts = counts_of(workspace)
+    if counts.num_tokens == 0:
         raise ValueError("the record holds no token")
-    sum_L, sum_gated, gate = np.zeros(num_positions), 0.0, 0.0
-    read_S = np.zeros(num_slots)
-    for address_LS, gate_L, valid_L in zip(record.read_address, record.read_gate, valid_NL, strict=True):
-        address_MS = address_LS[valid_L]
-        entropy_M = _relative_entropy(address_MS)
-        sum_L[valid_L] += entropy_M
-        sum_gated += float(gate_L[valid_L].astype(np.float64) @ entropy_M)
-        gate += float(gate_L[valid_L].sum(dtype=np.float64))
-        read_S += address_MS.sum(axis=0, dtype=np.float64)
-    count_V = np.add.reduceat(valid_NL.sum(axis=0), edges[:-1])
+    if counts.num_slots < 2:
+        raise _choice_of_one()
+    edges, tokens_V = binned_tokens(counts.length, num_bins)
+    entropy_V = rebinned(counts.read_entropy_by_position, counts.edges, edges, axis=0)
+    gate = counts.read_gate_by_position.sum()
     return ReadEntropy(
-        layer=record.layer,
+        layer=counts.layer,
         edges=edges,
-        by_position=ratio(np.add.reduceat(sum_L, edges[:-1]), count_V.astype(np.float64)),
-        mean=float(sum_L.sum() / count_V.sum()),
-        mean_gated=sum_gated / gate if gate > 0 else float("nan"),
-        of_mean=float(_relative_entropy(read_S[None])[0]),
-        num_slots=num_slots,
-        num_tokens=count_V.astype(np.int64),
-        num_samples=num_samples,
+        by_position=ratio(entropy_V, tokens_V.astype(np.float64)),
+        mean=float(entropy_V.sum() / counts.num_tokens),
+        mean_gated=float(counts.gated_read_entropy / gate) if gate > 0 else float("nan"),
+        of_mean=float(relative_entropy(counts.read_by_position.sum(axis=0))),
+        num_slots=counts.num_slots,
+        num_tokens=tokens_V,
+        num_samples=counts.num_samples,
     )
 
 
@@ -169,7 +134,7 @@ class WriteEntropy:
     Attributes:
         layer: index of the block.
         entropy: [S] mean over chunks, 0..1.
-        quantiles: [S, 2] 5 and 95% quantiles over chunks.
+        quantiles: [S, 2] 5 and 95% quantiles over chunks; from a summary they are off by up to 0.0005.
         chunk_size: tokens per chunk.
         num_chunks: chunks counted.
         num_samples: samples they come from.
@@ -183,44 +148,37 @@ class WriteEntropy:
     num_samples: int
 
 
-def write_entropy(record: WorkspaceRecord) -> WriteEntropy:
+def write_entropy(workspace: Workspace) -> WriteEntropy:
     """How many of a chunk's tokens each slot takes in; see `WriteEntropy`.
 
     Only whole chunks count: a sample's last, partial chunk is not written before more tokens come.
 
     Raises:
-        ValueError: the record holds no write addresses, no sample has a whole chunk, or chunks are of one token.
+        ValueError: there are no write addresses, no sample has a whole chunk, or chunks are of one token.
     """
-    if record.write_address is None:
+    counts = counts_of(workspace)
+    if counts.write_entropy_sum is None or counts.write_entropy_quantiles is None:
         raise ValueError("the record holds no write addresses")
-    num_samples, num_positions, num_slots = record.write_address.shape
-    num_chunks = num_positions // record.chunk_size
-    cells = record.write_address[:, : num_chunks * record.chunk_size]
-    cells_NCTS = cells.reshape(num_samples, num_chunks, record.chunk_size, num_slots)
-    address_MTS = cells_NCTS[valid_mask(record.length // record.chunk_size, num_chunks)]
-    if len(address_MTS) == 0:
-        raise ValueError(f"no sample has a whole chunk of {record.chunk_size} tokens, so no slot is written")
-    entropy_MS = _relative_entropy(address_MTS, axis=1)
+    _check_whole_chunks(counts)
+    if counts.chunk_size < 2:
+        raise _choice_of_one()
     return WriteEntropy(
-        layer=record.layer,
-        entropy=entropy_MS.mean(axis=0),
-        quantiles=np.quantile(entropy_MS, [0.05, 0.95], axis=0).T,
-        chunk_size=record.chunk_size,
-        num_chunks=len(entropy_MS),
-        num_samples=num_samples,
+        layer=counts.layer,
+        entropy=counts.write_entropy_sum / counts.num_chunks,
+        quantiles=counts.write_entropy_quantiles,
+        chunk_size=counts.chunk_size,
+        num_chunks=counts.num_chunks,
+        num_samples=counts.num_samples,
     )
 
 
-def _relative_entropy(weight: AnyFloatArray, axis: int = -1) -> FloatArray:
-    """Shannon entropy along an axis, relative to its maximum, of weights that need not sum to 1 exactly (they are
-    stored in 16 bits)."""
-    if weight.shape[axis] < 2:
-        raise ValueError("the entropy of a choice of one is always 0 and has no relative size")
-    weight = weight.astype(np.float64)
-    total = weight.sum(axis=axis)
-    weight_log_weight = weight * np.log(np.where(weight > 0, weight, 1.0))
-    entropy = np.log(total) - weight_log_weight.sum(axis=axis) / total
-    return entropy / np.log(weight.shape[axis])
+def _choice_of_one() -> ValueError:
+    return ValueError("the entropy of a choice of one is always 0 and has no relative size")
+
+
+def _check_whole_chunks(counts: WorkspaceCounts) -> None:
+    if counts.num_chunks == 0:
+        raise ValueError(f"no sample has a whole chunk of {counts.chunk_size} tokens, so no slot is written")
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +188,8 @@ class SlotWrites:
     Attributes:
         layer: index of the block.
         strength: [S] mean write gate (share of the slot replaced per chunk), 0..1.
-        strength_quantiles: [S, 2] 5 and 95% quantiles of the write gate over chunks.
+        strength_quantiles: [S, 2] 5 and 95% quantiles of the write gate over chunks; from a summary they are off by
+            up to 0.0005.
         retention: [S] geometric mean of 1 - gate: the share of the slot that survives one chunk, 0..1.
         half_life: [S] tokens until half of what a slot held is overwritten, chunk_size * ln 2 /
             -ln(retention); 0 where every write replaces the slot whole, inf where nothing is written.
@@ -247,7 +206,7 @@ class SlotWrites:
     num_samples: int
 
 
-def slot_writes(record: WorkspaceRecord) -> SlotWrites:
+def slot_writes(workspace: Workspace) -> SlotWrites:
     """Write strength, retention and half-life of each slot; see `SlotWrites`.
 
     Only whole chunks count: a sample's last, partial chunk is not written before more tokens come.
@@ -255,21 +214,19 @@ def slot_writes(record: WorkspaceRecord) -> SlotWrites:
     Raises:
         ValueError: no sample has a whole chunk.
     """
-    whole_NC = valid_mask(record.length // record.chunk_size, record.write_gate.shape[1])
-    gate_MS = record.write_gate[whole_NC].astype(np.float64)
-    if len(gate_MS) == 0:
-        raise ValueError(f"no sample has a whole chunk of {record.chunk_size} tokens, so no slot is written")
+    counts = counts_of(workspace)
+    _check_whole_chunks(counts)
+    log_retention_S = counts.write_gate_log_sum / counts.num_chunks
     with np.errstate(divide="ignore"):
-        log_retention_S = np.log1p(-gate_MS).mean(axis=0)
-        half_life_S = record.chunk_size * np.log(2) / -log_retention_S
+        half_life_S = counts.chunk_size * np.log(2) / -log_retention_S
     return SlotWrites(
-        layer=record.layer,
-        strength=gate_MS.mean(axis=0),
-        strength_quantiles=np.quantile(gate_MS, [0.05, 0.95], axis=0).T,
+        layer=counts.layer,
+        strength=counts.write_gate_sum / counts.num_chunks,
+        strength_quantiles=counts.write_gate_quantiles,
         retention=np.exp(log_retention_S),
         half_life=np.abs(half_life_S),
-        num_chunks=len(gate_MS),
-        num_samples=len(record.length),
+        num_chunks=counts.num_chunks,
+        num_samples=counts.num_samples,
     )
 
 
@@ -308,53 +265,34 @@ class ReadLag:
     num_samples: int
 
 
-def read_lag(record: WorkspaceRecord) -> ReadLag:
+def read_lag(workspace: Workspace) -> ReadLag:
     """How many chunks ago what is read from each slot was written; see `ReadLag`.
 
     Raises:
         ValueError: no token has an earlier chunk to read from.
     """
-    num_samples, num_positions, num_slots = record.read_address.shape
-    size = record.chunk_size
-    num_chunks = -(-num_positions // size)
-    if not (record.length > size).any():
-        raise ValueError(f"no sample has a token after its first chunk of {size} tokens")
-    valid_NL = valid_mask(record.length, num_positions)[..., None]
-    gated_NLS = record.read_address.astype(np.float32) * record.read_gate[..., None].astype(np.float32)
-    read_NLS = np.where(valid_NL, gated_NLS, 0.0)
-    read_NCS = np.add.reduceat(
-        read_NLS, np.arange(0, num_positions, size, dtype=np.int64), axis=1, dtype=np.float64
-    )
-    whole_NC = valid_mask(record.length // size, num_chunks)
-    gate_NCS = np.where(whole_NC[..., None], record.write_gate[:, :num_chunks], 0.0).astype(np.float64)
-
-    read_S = read_NCS.sum(axis=(0, 1))
-    read_C = read_NCS.sum(axis=(0, 2))
-    by_lag_CS = np.zeros((num_chunks, num_slots))
-    even_C = np.zeros(num_chunks)
-    kept_NCS = np.ones_like(
-        gate_NCS
-    )  # of what was written `lag` chunks before, the part not overwritten since
-    for lag in range(1, num_chunks):
-        wrote_NCS = gate_NCS[:, : num_chunks - lag]
-        by_lag_CS[lag] = (wrote_NCS * kept_NCS[:, lag:] * read_NCS[:, lag:]).sum(axis=(0, 1))
-        even_C[lag] = (read_C[lag:] / np.arange(lag + 1, num_chunks + 1, dtype=np.int64)).sum()
-        kept_NCS[:, lag:] *= 1 - wrote_NCS
+    counts = counts_of(workspace)
+    if not counts.length[counts.chunk_size + 1 :].any():
+        raise ValueError(f"no sample has a token after its first chunk of {counts.chunk_size} tokens")
+    num_chunks = len(counts.gated_read_by_chunk)
+    initial_S, by_lag_SC = counts.gated_read_by_lag[:, 0], counts.gated_read_by_lag.copy()
+    by_lag_SC[:, 0] = 0.0
+    # A token of chunk c would read 1 / (c + 1) of each earlier chunk, and as much of what the slot started with.
+    each_C = counts.gated_read_by_chunk / np.arange(1, num_chunks + 1)
+    even_C = np.append(0.0, np.cumsum(each_C[::-1])[::-1][1:])
 
     edges = 2 ** np.arange(int(np.ceil(np.log2(num_chunks))) + 1)
-    binned_VS = np.add.reduceat(by_lag_CS, edges[:-1], axis=0)
-    binned_VS = np.concatenate([binned_VS, (read_S - by_lag_CS.sum(axis=0))[None]])
-    even_V = np.add.reduceat(even_C, edges[:-1])
-    even_V = np.append(even_V, read_C.sum() - even_C.sum())
-    lag_S = np.arange(num_chunks, dtype=np.float64) @ by_lag_CS
+    share_SV = np.column_stack([np.add.reduceat(by_lag_SC, edges[:-1], axis=1), initial_S])
+    even_V = np.append(np.add.reduceat(even_C, edges[:-1]), each_C.sum())
+    read_S = counts.gated_read_by_lag.sum(axis=1)
     return ReadLag(
-        layer=record.layer,
+        layer=counts.layer,
         edges=edges.astype(np.int64),
-        share=ratio(binned_VS.T, read_S[:, None]),
-        share_if_even=ratio(even_V, read_C.sum(keepdims=True)),
-        mean_lag=ratio(lag_S, by_lag_CS.sum(axis=0)),
+        share=ratio(share_SV, read_S[:, None]),
+        share_if_even=ratio(even_V, even_V.sum(keepdims=True)),
+        mean_lag=ratio(by_lag_SC @ np.arange(num_chunks, dtype=np.float64), by_lag_SC.sum(axis=1)),
         slot_share=ratio(read_S, read_S.sum(keepdims=True)),
-        chunk_size=size,
-        num_tokens=int(valid_NL.sum()),
-        num_samples=num_samples,
+        chunk_size=counts.chunk_size,
+        num_tokens=counts.num_tokens,
+        num_samples=counts.num_samples,
     )

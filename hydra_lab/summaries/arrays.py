@@ -112,6 +112,16 @@ def share_steps(share: NDArray[Any]) -> IntArray:
     return np.clip(np.rint(share.astype(np.float64) * SHARE_STEPS), 0, SHARE_STEPS).astype(np.int64)
 
 
+def relative_entropy(weight: NDArray[Any]) -> FloatArray:
+    """Shannon entropy over the last axis, relative to its maximum (0: all on one; 1: even); 0 for a single choice, and
+    where every weight is zero. Weights need not sum to 1: they are stored in 16 bits."""
+    weight = weight.astype(np.float64, copy=False)
+    total = weight.sum(axis=-1, keepdims=True)
+    share = weight / np.where(total > 0, total, 1.0)
+    entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=-1)
+    return entropy / np.log(max(2, weight.shape[-1]))
+
+
 def octave_edges(low: int, high: int, per_octave: int = 8) -> FloatArray:
     """Edges 0, 2^low, ..., 2^high, inf: the bins between are `1 / per_octave` octaves wide."""
     return np.concatenate([[0.0], 2.0 ** np.linspace(low, high, (high - low) * per_octave + 1), [np.inf]])

@@ -1,9 +1,13 @@
 """Summary of the sparse attention: how far back the selected blocks lie, and where the attention goes."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from hydra_lab.summaries.arrays import (
     Batch,
+    FloatArray,
     IntArray,
     count,
     in_bin,
@@ -33,35 +37,49 @@ def distance_edges(num_positions: int, block_size: int) -> IntArray:
     return np.concatenate([[0], block_size * 2**doublings]).astype(np.int64)
 
 
+def count_distances(blocks_NLHK: NDArray[Any], length_N: IntArray, block_size: int) -> Arrays:
+    """The arrays of `FIELDS` of one block: entry [h, v] counts head h's selections at the distances of bin v."""
+    num_positions, num_heads = blocks_NLHK.shape[1:3]
+    edges = distance_edges(num_positions, block_size)
+    num_bins = len(edges) - 1
+    sample, query = np.nonzero(valid_mask(length_N, num_positions))
+    blocks_MHK = blocks_NLHK[sample, query].astype(np.int64)
+    token, head, _ = places = np.nonzero(blocks_MHK >= 0)
+    distance = query[token] - blocks_MHK[places] * block_size
+    cell = head * num_bins + in_bin(distance, edges.astype(np.float64))
+    sums_H = np.zeros(num_heads, dtype=np.int64)
+    np.add.at(sums_H, head, distance)
+    counts_HV = count(cell, num_heads * num_bins).reshape(num_heads, num_bins)
+    return {"distance_count": counts_HV, "distance_sum": sums_H}
+
+
+def sum_mass(mass_NLQX: NDArray[Any], length_N: IntArray, edges: IntArray) -> FloatArray:
+    """[V, Q, X] the attention mass of one block by position in bins between `edges`."""
+    valid_NL = valid_mask(length_N, mass_NLQX.shape[1])
+    sum_LQX = mass_NLQX.sum(axis=0, where=valid_NL[..., None, None], dtype=np.float64)
+    return np.add.reduceat(sum_LQX, edges[:-1], axis=0)
+
+
 def summarize(batch: Batch) -> Arrays:
     """The arrays of `FIELDS`."""
     blocks_NYLHK = batch["attention", "blocks"]
-    _, num_layers, num_positions, num_heads, _ = blocks_NYLHK.shape
-    block_size = batch.config["attention_block_size"]
-    edges = distance_edges(num_positions, block_size)
-    num_bins = len(edges) - 1
-    valid_NL = valid_mask(batch.samples.length, num_positions)
-    sample, query = np.nonzero(valid_NL)
-    counts = np.zeros((num_layers, num_heads, num_bins), dtype=np.int64)
-    sums = np.zeros((num_layers, num_heads), dtype=np.int64)
-    for y in range(num_layers):
-        blocks_MHK = blocks_NYLHK[sample, y, query].astype(np.int64)
-        token, head, _ = places = np.nonzero(blocks_MHK >= 0)
-        distance = query[token] - blocks_MHK[places] * block_size
-        cell = head * num_bins + in_bin(distance, edges.astype(np.float64))
-        counts[y] = count(cell, num_heads * num_bins).reshape(num_heads, num_bins)
-        np.add.at(sums[y], head, distance)
-    return {"distance_count": counts, "distance_sum": sums}
+    counts = [
+        count_distances(blocks_NYLHK[:, y], batch.samples.length, batch.config["attention_block_size"])
+        for y in range(blocks_NYLHK.shape[1])
+    ]
+    return {name: np.stack([of_block[name] for of_block in counts]) for name in FIELDS}
 
 
 def summarize_mass(batch: Batch) -> Arrays:
     """The arrays of `MASS_FIELDS`."""
-    mass_NYLHX = batch["mass", "mass"]
-    valid_NL = valid_mask(batch.samples.length, mass_NYLHX.shape[2])
-    mass_NYLHX = np.where(valid_NL[:, None, :, None, None], mass_NYLHX, 0.0).astype(np.float64)
-    edges = position_edges(mass_NYLHX.shape[2])
-    by_domain = sum_by_domain(mass_NYLHX.sum(axis=2), batch.samples)
+    mass_NYLQX, length_N = batch["mass", "mass"], batch.samples.length
+    _, num_layers, num_positions, _, _ = mass_NYLQX.shape
+    edges = position_edges(num_positions)
+    valid_NL = valid_mask(length_N, num_positions)
+    sum_NYQX = mass_NYLQX.sum(axis=2, where=valid_NL[:, None, :, None, None], dtype=np.float64)
     return {
-        "mass_by_position": np.add.reduceat(mass_NYLHX.sum(axis=0), edges[:-1], axis=1),
-        "mass_by_domain": by_domain.swapaxes(0, 1),
+        "mass_by_position": np.stack(
+            [sum_mass(mass_NYLQX[:, y], length_N, edges) for y in range(num_layers)]
+        ),
+        "mass_by_domain": sum_by_domain(sum_NYQX, batch.samples).swapaxes(0, 1),
     }

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from hydra_lab.summaries.arrays import (
     Batch,
     FloatArray,
+    IntArray,
+    Samples,
     count,
     in_bin,
     octave_edges,
@@ -42,32 +44,45 @@ def summarize(batch: Batch) -> Arrays:
     return {name: np.stack([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def _block(batch: Batch, norms_NCH: NDArray[Any], decay_NLH: NDArray[Any]) -> Arrays:
-    num_chunks, num_heads = norms_NCH.shape[1:]
-    num_positions = decay_NLH.shape[1]
-    chunk_size = batch.config["ssm_chunk_size"]
-    whole_NC1 = valid_mask(batch.samples.length // chunk_size, num_chunks)[..., None]
-    norm_NCH = np.where(whole_NC1, norms_NCH, 0.0).astype(np.float64)
-    positive_NCH = norm_NCH > 0
-    log_NCH = np.log2(norm_NCH, out=np.zeros_like(norm_NCH), where=positive_NCH)
-    partial = np.flatnonzero(batch.samples.length % chunk_size)
-    last_MH = norms_NCH[partial, batch.samples.length[partial] // chunk_size].astype(np.float64)
-
-    valid_NL = valid_mask(batch.samples.length, num_positions)
-    decay_NLH = np.where(valid_NL[..., None], decay_NLH, 0.0).astype(np.float64)
-    num_bins = len(DECAY_EDGES) - 1
-    bin_MH = in_bin(-decay_NLH[valid_NL], DECAY_EDGES)
-    histogram = count(np.arange(num_heads) * num_bins + bin_MH, num_heads * num_bins)
+def sum_norms(norms_NCH: NDArray[Any], length_N: IntArray, chunk_size: int) -> Arrays:
+    """Norms at the ends of whole chunks, and at the ends of the samples that end inside one."""
+    whole_NC = valid_mask(length_N // chunk_size, norms_NCH.shape[1])
+    norm_NCH = np.where(whole_NC[..., None], norms_NCH, 0.0).astype(np.float64)
+    partial = np.flatnonzero(length_N % chunk_size)
+    last_MH = norms_NCH[partial, length_N[partial] // chunk_size].astype(np.float64)
     return {
         "norm_sum": norm_NCH.sum(axis=0),
         "norm_square": (norm_NCH**2).sum(axis=0),
-        "norm_log_sum": log_NCH.sum(axis=0),
-        "norm_positive": positive_NCH.sum(axis=0),
         "last_norm_sum": last_MH.sum(axis=0),
         "last_norm_square": (last_MH**2).sum(axis=0),
-        "decay_by_position": np.add.reduceat(
-            decay_NLH.sum(axis=0), position_edges(num_positions)[:-1], axis=0
-        ),
-        "decay_by_domain": sum_by_domain(decay_NLH.sum(axis=1), batch.samples),
-        "decay_histogram": histogram.reshape(num_heads, num_bins),
+    }
+
+
+def sum_decays(decay_NLH: NDArray[Any], samples: Samples, edges: IntArray) -> Arrays:
+    """Log decays by position in bins between `edges`, and by domain."""
+    valid_NL = valid_mask(samples.length, decay_NLH.shape[1])
+    decay_NLH = np.where(valid_NL[..., None], decay_NLH, 0.0)
+    return {
+        "decay_by_position": np.add.reduceat(decay_NLH.sum(axis=0, dtype=np.float64), edges[:-1], axis=0),
+        "decay_by_domain": sum_by_domain(decay_NLH.sum(axis=1, dtype=np.float64), samples),
+    }
+
+
+def _block(batch: Batch, norms_NCH: NDArray[Any], decay_NLH: NDArray[Any]) -> Arrays:
+    num_chunks, num_heads = norms_NCH.shape[1:]
+    num_positions = decay_NLH.shape[1]
+    length_N, chunk_size = batch.samples.length, batch.config["ssm_chunk_size"]
+    whole_NC1 = valid_mask(length_N // chunk_size, num_chunks)[..., None]
+    norm_NCH = np.where(whole_NC1, norms_NCH, 0.0).astype(np.float64)
+    positive_NCH = norm_NCH > 0
+    log_NCH = np.log2(norm_NCH, out=np.zeros_like(norm_NCH), where=positive_NCH)
+    num_bins = len(DECAY_EDGES) - 1
+    rate_MH = -decay_NLH[valid_mask(length_N, num_positions)].astype(np.float64)
+    cell_MH = np.arange(num_heads) * num_bins + in_bin(rate_MH, DECAY_EDGES)
+    return {
+        **sum_norms(norms_NCH, length_N, chunk_size),
+        "norm_log_sum": log_NCH.sum(axis=0),
+        "norm_positive": positive_NCH.sum(axis=0),
+        **sum_decays(decay_NLH, batch.samples, position_edges(num_positions)),
+        "decay_histogram": count(cell_MH, num_heads * num_bins).reshape(num_heads, num_bins),
     }

@@ -21,8 +21,10 @@ assert _spec is not None and _spec.loader is not None
 made = module_from_spec(_spec)
 _spec.loader.exec_module(made)
 
-CONFIG = {**made.CONFIG, "moe_top_k": 2, "memory_num_heads": 2}
+CONFIG = {**made.CONFIG, "moe_top_k": 2, "memory_num_heads": 2, "attention_num_selected": 2}
 NAMES = ("poetry", *made.DOMAINS)  # nothing is of the first domain
+OCTAVE_16TH = 2 ** (1 / 16) - 1
+"""Relative error of a half-life's quantile from a summary: half of a bin of an eighth of an octave."""
 DIMS = {
     ("routing", "experts"): "chunk rank",
     ("routing", "weights"): "position rank",
@@ -30,23 +32,33 @@ DIMS = {
     ("memory", "addresses"): "position head k",
     ("memory", "weights"): "position head k",
     ("memory", "gate"): "position",
+    ("workspace", "write_address"): "position slot",
+    ("workspace", "write_gate"): "chunk slot",
+    ("workspace", "read_address"): "position slot",
+    ("workspace", "read_gate"): "position",
+    ("attention", "blocks"): "position head k",
+    ("mass", "mass"): "position query_head kind",
+    ("ssm", "norms"): "chunk head",
+    ("ssm", "decay"): "position head",
     ("paths", "share"): "path",
     ("paths", "cosine"): "path",
 }
+GROUPS = ("routing", "attention", "mass", "workspace", "memory", "ssm", "paths")
+CHUNK_SIZES = {"routing": "moe_chunk_size", "workspace": "workspace_chunk_size", "ssm": "ssm_chunk_size"}
 
 
 class DrawnCapture(dict[str, xr.Dataset]):
     """A capture of random rows, with its summary taken in three commits."""
 
-    def __init__(self) -> None:
-        rows = made.draw_rows(np.random.default_rng(3), 14)
+    def __init__(self, shortest: int = 1, length: int = 19) -> None:
+        rows = made.draw_rows(np.random.default_rng(3), 14, length=length, shortest=shortest)
         rows["tokens", "domain"] += 1
         super().__init__()
         self.attributes: dict[str, Any] = {"config": CONFIG, "domains": list(NAMES)}
         self.domains = tuple(NAMES[code] for code in rows["tokens", "domain"])
         tokens = {name: (("sample", "position"), rows["tokens", name]) for name in ("token", "loss")}
         self["tokens"] = xr.Dataset({**tokens, "length": ("sample", rows["tokens", "length"])})
-        for group in ("routing", "memory", "paths"):
+        for group in GROUPS:
             arrays = {
                 name: (("sample", "layer", *dims.split()), rows[of, name])
                 for (of, name), dims in DIMS.items()
@@ -55,9 +67,10 @@ class DrawnCapture(dict[str, xr.Dataset]):
             coordinates: dict[str, list[Any]] = {"layer": list(summaries.layers_of(CONFIG, group))}
             if group == "paths":
                 coordinates["path"] = list(PATHS)
-            self[group] = xr.Dataset(
-                arrays, coords=coordinates, attrs={"chunk_size": CONFIG["moe_chunk_size"]}
-            )
+            if group == "mass":
+                coordinates["kind"] = list(metrics.KINDS)
+            attributes = {"chunk_size": CONFIG[CHUNK_SIZES[group]]} if group in CHUNK_SIZES else {}
+            self[group] = xr.Dataset(arrays, coords=coordinates, attrs=attributes)
         self.summary = self._summarize(rows, 0, 5)
         for start, end in ((5, 6), (6, 14)):
             self.summary = summaries.merge(self.summary, self._summarize(rows, start, end))
@@ -110,12 +123,24 @@ def test_a_model_s_own_decisions() -> None:
     lookups = metrics.lookup_record(recorded.batch, 2)
     assert_same(metrics.memory_use(metrics.summarized_lookups(recorded, 2)), metrics.memory_use(lookups))
     assert_same(metrics.summarized_path_use(recorded), metrics.captured_path_use(recorded.batch), rtol=1e-6)
+    spaces = metrics.workspace_record(recorded.batch, 1), metrics.summarized_workspace(recorded, 1)
+    assert_same(*(metrics.read_entropy(each, num_bins=40) for each in reversed(spaces)))
+    assert_same(*(metrics.read_lag(each) for each in reversed(spaces)))
+    states = metrics.state_record(recorded.batch, 0), metrics.summarized_states(recorded, 0)
+    assert_same(*(metrics.state_norms(each) for each in reversed(states)), rtol=1e-6)
+    lives = metrics.half_life(states[0]), metrics.half_life(states[1])
+    np.testing.assert_allclose(lives[1].quantiles, lives[0].quantiles, rtol=OCTAVE_16TH)
+    assert_same(lives[1], lives[0], leave_out=("quantiles",))
+    uses = (metrics.selection_record(recorded.batch, 3), metrics.summarized_selections(recorded, 3))
+    assert_same(metrics.selection_use(uses[1]), metrics.selection_use(uses[0]))
 
 
-def assert_same(have: Any, want: Any, rtol: float = 1e-12) -> None:
+def assert_same(have: Any, want: Any, *, rtol: float = 1e-12, leave_out: tuple[str, ...] = ()) -> None:
     """Every field of two results is the same; sums may be rounded in another order."""
     assert type(have) is type(want)
     for field in dataclasses.fields(want):
+        if field.name in leave_out:
+            continue
         one, other = getattr(have, field.name), getattr(want, field.name)
         if isinstance(other, np.ndarray):
             np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol, err_msg=field.name)
@@ -123,7 +148,7 @@ def assert_same(have: Any, want: Any, rtol: float = 1e-12) -> None:
             assert one == pytest.approx(other, rel=rtol, nan_ok=True), field.name
         elif isinstance(other, tuple) and other and dataclasses.is_dataclass(other[0]):
             for each, expected in zip(one, other, strict=True):
-                assert_same(each, expected, rtol)
+                assert_same(each, expected, rtol=rtol)
         else:
             assert one == other, field.name
 
@@ -163,6 +188,85 @@ def test_memory(capture: DrawnCapture) -> None:
         metrics.dead_addresses,
     ):
         assert_same(metric(counts), metric(record))
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+def test_workspace(capture: DrawnCapture, layer: int) -> None:
+    record = metrics.workspace_record(capture, layer)
+    counts = metrics.summarized_workspace(capture, layer)
+    for bins in (19, 1):
+        assert_same(metrics.slot_reads(counts, bins), metrics.slot_reads(record, bins))
+        assert_same(metrics.read_entropy(counts, bins), metrics.read_entropy(record, bins))
+    assert_same(metrics.read_lag(counts), metrics.read_lag(record))
+    # gates and entropies are counted to the nearest thousandth
+    writes = [metrics.slot_writes(each) for each in (counts, record)]
+    np.testing.assert_allclose(writes[0].strength_quantiles, writes[1].strength_quantiles, rtol=0, atol=5e-4)
+    assert_same(*writes, leave_out=("strength_quantiles",))
+    entropies = [metrics.write_entropy(each) for each in (counts, record)]
+    np.testing.assert_allclose(entropies[0].quantiles, entropies[1].quantiles, rtol=0, atol=5e-4)
+    assert_same(*entropies, leave_out=("quantiles",))
+
+
+@pytest.mark.parametrize("shortest", [1, 19])
+def test_states(shortest: int) -> None:
+    capture = DrawnCapture(shortest)  # samples of one length keep their partial last chunk
+    record = metrics.state_record(capture, 5)
+    counts = metrics.summarized_states(capture, 5)
+    # a spread is the root of a difference of sums of squares
+    assert_same(metrics.state_norms(counts), metrics.state_norms(record), rtol=1e-7)
+    assert metrics.state_norms(counts).position.tolist() == ([8, 16, 19] if shortest == 19 else [8, 16, 24])
+    for bins in (19, 1):
+        assert_same(metrics.half_life_by_position(counts, bins), metrics.half_life_by_position(record, bins))
+    assert_same(metrics.half_life_by_domain(counts), metrics.half_life_by_domain(record))
+    lives = [metrics.half_life(each) for each in (counts, record)]
+    np.testing.assert_allclose(lives[0].quantiles, lives[1].quantiles, rtol=OCTAVE_16TH)
+    assert_same(*lives, leave_out=("quantiles",))
+
+
+def test_half_lives_at_the_ends_of_the_histogram() -> None:
+    rows = made.draw_rows(np.random.default_rng(0), 4, shortest=19)
+    rows["ssm", "decay"][..., 0], rows["ssm", "decay"][..., 1] = 0.0, -500.0
+    summary = DrawnCapture._summarize(rows, 0, 4)
+    counts = metrics.StateCounts.from_summary(summary, 0, config=CONFIG, domains=NAMES)
+    result = metrics.half_life(counts)
+    np.testing.assert_array_equal(result.half_life, [np.inf, np.log(2) / 500])
+    np.testing.assert_array_equal(result.quantiles, [[np.inf, np.inf], [np.log(2) / 64] * 2])
+
+
+def test_attention(capture: DrawnCapture) -> None:
+    record, counts = metrics.selection_record(capture, 5), metrics.summarized_selections(capture, 5)
+    assert_same(metrics.selection_use(counts), metrics.selection_use(record))
+    masses = metrics.summarized_mass(capture), metrics.mass_record(capture)
+    assert masses[0].layers == (2, 5)
+    for bins in (19, 1):
+        assert_same(*(metrics.mass_by_kind(each, bins) for each in masses))
+
+
+def test_what_looks_at_single_samples_refuses_counts(capture: DrawnCapture) -> None:
+    counts = metrics.summarized_states(capture, 0)
+    for metric in (metrics.norm_growth, metrics.state_saturation, metrics.receptive_field):
+        with pytest.raises(
+            ValueError, match=rf"{metric.__name__} looks at every sample by itself.*state_record"
+        ):
+            metric(counts)
+    one = np.zeros(1, dtype=int)
+    selections: Any = metrics.summarized_selections(capture, 2)
+    with pytest.raises(ValueError, match=r"hit_rate looks at every sample by itself.*selection_record"):
+        metrics.hit_rate(metrics.TargetRecord(selections, one, one, one))
+
+
+def test_long_samples_are_summarized_in_128_bins() -> None:
+    capture = DrawnCapture(length=301)  # bins of two and three tokens
+    workspaces = metrics.summarized_workspace(capture, 1), metrics.workspace_record(capture, 1)
+    states = metrics.summarized_states(capture, 1), metrics.state_record(capture, 1)
+    masses = metrics.summarized_mass(capture), metrics.mass_record(capture)
+    assert_same(*(metrics.slot_reads(each) for each in workspaces))
+    assert_same(*(metrics.read_entropy(each, 32) for each in workspaces))
+    assert_same(*(metrics.half_life_by_position(each) for each in states))
+    assert_same(*(metrics.mass_by_kind(each) for each in masses))
+    assert metrics.slot_reads(workspaces[1], 100).read.shape == (100, 3)
+    with pytest.raises(ValueError, match="in 128 bins and cannot be given in 100"):
+        metrics.slot_reads(workspaces[0], 100)
 
 
 def test_path_use(capture: DrawnCapture) -> None:
@@ -208,6 +312,12 @@ def test_what_the_summary_lacks_is_named(capture: DrawnCapture) -> None:
         metrics.LookupCounts.from_summary(summary, 3, **options)
     with pytest.raises(ValueError, match="block 2 has no memory; blocks 3 have"):
         metrics.summarized_lookups(capture, 2)
+    with pytest.raises(ValueError, match="summary has no workspace; it has tokens"):
+        metrics.WorkspaceCounts.from_summary(summary, 1, config=CONFIG)
+    with pytest.raises(ValueError, match="block 0 has no attention; blocks 2, 5 have"):
+        metrics.summarized_selections(capture, 0)
+    with pytest.raises(ValueError, match="summary has no mass; it has tokens"):
+        metrics.MassCounts.from_summary(summary, config=CONFIG)
     with pytest.raises(ValueError, match="no contexts of kind 'expert'"):
         metrics.top_contexts(summary, "expert", 0, 0, config=CONFIG)
     with pytest.raises(ValueError, match=r"expert 4 is not one of 0\.\.3"):

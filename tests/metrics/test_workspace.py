@@ -50,7 +50,10 @@ def test_write_entropy_needs_addresses_and_whole_chunks() -> None:
     with pytest.raises(ValueError, match="no sample has a whole chunk of 4 tokens"):
         metrics.write_entropy(workspace(write_address=np.ones((1, 8, 2)), length=np.array([3])))
     with pytest.raises(ValueError, match="a choice of one"):
-        metrics.write_entropy(workspace(write_address=np.ones((1, 8, 2)), chunk_size=1))
+        each = np.full((1, 8, 2), 0.5)
+        metrics.write_entropy(workspace(write_address=np.ones((1, 8, 2)), write_gate=each, chunk_size=1))
+    with pytest.raises(ValueError, match="write_gate has 2 chunks of 1 tokens, read_address 8 positions"):
+        workspace(chunk_size=1)
     with pytest.raises(ValueError, match="write_address has shape"):
         workspace(write_address=np.ones((1, 8, 3)))
 
@@ -118,11 +121,9 @@ def test_read_lag_is_what_the_recurrence_makes_of_unit_candidates() -> None:
     result = metrics.read_lag(record)
     total = expected.sum(axis=1, keepdims=True)
     binned = [expected[:, 1], expected[:, 2:4].sum(axis=1), expected[:, 4:].sum(axis=1), expected[:, 0]]
-    np.testing.assert_allclose(
-        result.share, np.stack(binned, axis=1) / total, rtol=1e-5
-    )  # reads are summed in fp32
+    np.testing.assert_allclose(result.share, np.stack(binned, axis=1) / total)
     lag = (expected @ np.arange(num_chunks)) / expected[:, 1:].sum(axis=1)
-    np.testing.assert_allclose(result.mean_lag, lag, rtol=1e-5)
+    np.testing.assert_allclose(result.mean_lag, lag)
     np.testing.assert_allclose(result.share.sum(axis=1), 1)
     np.testing.assert_allclose(result.share_if_even.sum(), 1)
 
