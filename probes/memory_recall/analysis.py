@@ -1,0 +1,258 @@
+"""From answers to findings: numpy only, so that it can be tested on data with a known answer.
+
+Every test asks for more than "something changed": a memory of random rows changes every prediction a little. What it
+adds must be right for *this* question and not for others of its relation, and a deletion must hit *this* fact and not
+others.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hydra_lab.metrics import mcnemar_p_value, mean_interval, pairing_test, sign_flip_p_value
+from hydra_lab.probing import Effect, Finding, corrected
+from probes.memory_recall.measure import Answers, Deletion, Floats, Ints
+
+FORM_NAMES = {"closed": "closed book", "lacking": "notes without the answer", "holding": "open book"}
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Everything that was measured.
+
+    Attributes:
+        layers: [Y] blocks with memory.
+        relations: [N] index of each question's relation.
+        whole, without: answers by form, with the memory and with it cut.
+        deletion: of the first M questions.
+    """
+
+    layers: tuple[int, ...]
+    relations: Ints
+    whole: Mapping[str, Answers]
+    without: Mapping[str, Answers]
+    deletion: Deletion
+
+    def cost(self, form: str) -> Floats:
+        """[N, N] fall of the log-probability of question j's answer (column), asked question i (row), when the
+        memory is cut, nats."""
+        return self.whole[form].log_probability - self.without[form].log_probability
+
+
+Draft = tuple[Finding, Callable[[Finding], str]]
+"""A finding, and what to say of it once its p-values are corrected."""
+
+
+def findings(evidence: Evidence, *, num_resamplings: int, seed: int) -> tuple[Finding, ...]:
+    """Every finding, with raw p-values; the sentences go by the corrected ones."""
+    drafts: list[Draft] = []
+    for make in (_accuracy, _cost):
+        drafts += [make(evidence, form, num_resamplings, seed) for form in ("closed", "holding")]
+    for y in range(len(evidence.layers)):
+        drafts.append(_beta_over_question(evidence, y, num_resamplings, seed))
+        drafts.append(_beta_at_answer(evidence, y, num_resamplings, seed))
+    drafts.append(_deletion(evidence, num_resamplings, seed))
+    made = [finding for finding, _ in drafts]
+    return tuple(
+        replace(finding, verdict=say(fixed))
+        for finding, fixed, (_, say) in zip(made, corrected(made), drafts, strict=True)
+    )
+
+
+def _accuracy(evidence: Evidence, form: str, num_resamplings: int, seed: int) -> Draft:
+    whole, without = evidence.whole[form], evidence.without[form]
+    test = pairing_test(
+        whole.hits.astype(float), evidence.relations, num_resamplings=num_resamplings, seed=seed
+    )
+    lost = whole.right.astype(float) - without.right
+    effect = Effect(
+        description="memory cut in every block: share of the questions that turn wrong less those that turn right",
+        estimate=float(lost.mean()),
+        unit="share of questions",
+        interval=mean_interval(lost, num_resamplings=num_resamplings, seed=seed),
+        p_value=mcnemar_p_value(whole.right, without.right),
+    )
+    name = FORM_NAMES[form]
+
+    def say(fixed: Finding) -> str:
+        known = (
+            f"{name}: {_percent(fixed.estimate)} right"
+            if fixed.is_claimed()
+            else f"{name}: no evidence that the model knows the answers ({_percent(fixed.estimate)} right)"
+        )
+        assert fixed.causal is not None
+        if is_shown(fixed.causal):
+            return f"{known}; without the memory {_percent(fixed.causal.estimate)} of the questions are lost."
+        return f"{known}; that cutting the memory loses answers is not shown."
+
+    finding = Finding(
+        name=f"{name}: accuracy",
+        estimate=float(whole.right.mean()),
+        unit="share of questions",
+        interval=mean_interval(whole.right.astype(float), num_resamplings=num_resamplings, seed=seed),
+        null="answers handed out at random among the questions of a relation (first tokens compared)",
+        null_value=test.null_value,
+        p_value=test.p_value,
+        n=len(whole.right),
+        n_unit="questions",
+        verdict="",
+        causal=effect,
+    )
+    return finding, say
+
+
+def _cost(evidence: Evidence, form: str, num_resamplings: int, seed: int) -> Draft:
+    cost_NN = evidence.cost(form)
+    own_N = np.diagonal(cost_NN).copy()
+    test = pairing_test(cost_NN, evidence.relations, num_resamplings=num_resamplings, seed=seed)
+    name = FORM_NAMES[form]
+
+    def say(fixed: Finding) -> str:
+        if fixed.is_claimed():
+            return (
+                f"{name}: the memory speaks for the right answer; without it its log-probability falls by "
+                f"{fixed.estimate:.2f} nats, that of other questions' answers by {fixed.null_value:.2f}."
+            )
+        return f"{name}: cutting the memory is not shown to cost the right answer more than any other."
+
+    finding = Finding(
+        name=f"{name}: cost of cutting the memory",
+        estimate=test.value,
+        unit="nats",
+        interval=mean_interval(own_N, num_resamplings=num_resamplings, seed=seed),
+        null="the cut costs the right answer no more than the answers to other questions of its relation",
+        null_value=test.null_value,
+        p_value=test.p_value,
+        n=len(own_N),
+        n_unit="questions",
+        verdict="",
+    )
+    return finding, say
+
+
+def _beta_over_question(evidence: Evidence, y: int, num_resamplings: int, seed: int) -> Draft:
+    difference_N = (
+        evidence.whole["lacking"].beta_asked[y] - evidence.whole["holding"].beta_asked[y]
+    )  # the paper's direction is positive
+    more_N = np.diagonal(evidence.cost("lacking") - evidence.cost("holding")).copy()
+    effect = Effect(
+        description="memory cut in every block: how much more it costs the right answer where the notes lack it",
+        estimate=float(more_N.mean()),
+        unit="nats",
+        interval=mean_interval(more_N, num_resamplings=num_resamplings, seed=seed),
+        p_value=sign_flip_p_value(more_N, num_resamplings=num_resamplings, seed=seed),
+    )
+    return _beta(
+        evidence, y, "over the question", difference_N, effect, num_resamplings=num_resamplings, seed=seed
+    )
+
+
+def _beta_at_answer(evidence: Evidence, y: int, num_resamplings: int, seed: int) -> Draft:
+    difference_N = evidence.whole["lacking"].beta_answer[y] - evidence.whole["holding"].beta_answer[y]
+    return _beta(
+        evidence, y, "at the answer", difference_N, None, num_resamplings=num_resamplings, seed=seed
+    )
+
+
+def _beta(
+    evidence: Evidence,
+    y: int,
+    where: str,
+    difference_N: Floats,
+    effect: Effect | None,
+    *,
+    num_resamplings: int,
+    seed: int,
+) -> Draft:
+    layer = evidence.layers[y]
+
+    def say(fixed: Finding) -> str:
+        if not fixed.is_claimed():
+            said = f"Block {layer}, beta {where}: no evidence that it depends on what the notes hold"
+        elif fixed.estimate > 0:
+            said = f"Block {layer}, beta {where} is higher by {fixed.estimate:.3f} where the notes lack the answer"
+        else:
+            said = (
+                f"Block {layer}, beta {where} is lower by {-fixed.estimate:.3f} where the notes lack the answer: "
+                "against the claim"
+            )
+        if fixed.causal is None:
+            return f"{said}."
+        if is_shown(fixed.causal):
+            return f"{said}; and there the memory matters more, by {fixed.causal.estimate:.2f} nats."
+        return f"{said}; that the memory matters more there is not shown."
+
+    finding = Finding(
+        name=f"block {layer}: beta {where}, notes without the answer less notes with it",
+        estimate=float(difference_N.mean()),
+        unit="beta",
+        interval=mean_interval(difference_N, num_resamplings=num_resamplings, seed=seed),
+        null="which notes hold the answer is swapped at random within each question",
+        null_value=0.0,
+        p_value=sign_flip_p_value(difference_N, two_sided=True, num_resamplings=num_resamplings, seed=seed),
+        n=len(difference_N),
+        n_unit="questions",
+        verdict="",
+        causal=effect,
+        layer=layer,
+    )
+    return finding, say
+
+
+def _deletion(evidence: Evidence, num_resamplings: int, seed: int) -> Draft:
+    deletion = evidence.deletion
+    size = len(deletion.drop)
+    relations = evidence.relations[:size]
+    settings = {"num_resamplings": num_resamplings, "seed": seed}
+    # Both must fail for a claim: any addresses would do as well; any answer suffers as much.
+    other_addresses = pairing_test(deletion.drop.T, np.zeros(size, dtype=np.int64), **settings)
+    other_answers = pairing_test(deletion.drop_of_answers, relations, **settings)
+    elsewhere_N = (deletion.drop.sum(axis=0) - np.diagonal(deletion.drop)) / max(1, size - 1)
+    own_N = np.diagonal(deletion.drop)
+    whole = evidence.whole["closed"].right[:size]
+    others = ~np.eye(size, dtype=bool)
+    kept_elsewhere_N = np.where(others, deletion.right, False).sum(axis=0) / max(1, size - 1)
+    lost_N = kept_elsewhere_N - np.diagonal(deletion.right)
+    rows = next(iter(deletion.addresses.values())).shape[1]
+    effect = Effect(
+        description=f"its own {rows} addresses of a block masked, against another fact's: questions lost",
+        estimate=float(lost_N.mean()),
+        unit="share of questions",
+        interval=mean_interval(lost_N, **settings),
+    )
+
+    def say(fixed: Finding) -> str:
+        if fixed.is_claimed():
+            return (
+                f"Facts can be deleted: masking the {rows} addresses that a question reads most costs its answer "
+                f"{fixed.estimate:.2f} nats more than masking those of another question."
+            )
+        return (
+            f"Masking the {rows} addresses that a question reads most is not shown to remove its own fact rather than "
+            "others."
+        )
+
+    finding = Finding(
+        name="deletion: own addresses masked less those of another fact",
+        estimate=float((own_N - elsewhere_N).mean()),
+        unit="nats",
+        interval=mean_interval(own_N - elsewhere_N, **settings),
+        null="the addresses of facts handed out at random; and the answers within a relation (p is the larger one)",
+        null_value=0.0,
+        p_value=max(other_addresses.p_value, other_answers.p_value),
+        n=size,
+        n_unit=f"facts ({int(whole.sum())} of them known)",
+        verdict="",
+        causal=effect,
+    )
+    return finding, say
+
+
+def is_shown(effect: Effect) -> bool:
+    """Whether the corrected p-value of an effect allows the claim."""
+    return effect.p_corrected is not None and effect.p_corrected <= 0.05
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
