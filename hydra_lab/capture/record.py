@@ -114,7 +114,7 @@ def record(
         ValueError: a tap is unknown or belongs to a path that is switched off, or the ids are not [B, L] integers
             of the vocabulary.
     """
-    input_ids, attention_mask = _check_inputs(model, input_ids, attention_mask)
+    input_ids, attention_mask = check_inputs(model, input_ids, attention_mask)
     chosen = select_taps(model, taps)
     decisions: dict[str, Any] = {}
     updates: dict[str, PathUpdate] = {}
@@ -166,9 +166,14 @@ def _matches(path: str, name: str) -> bool:
     )
 
 
-def _check_inputs(
+def check_inputs(
     model: HydraForCausalLM, input_ids: Tensor, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
+    """The ids and the mask, [B, L] each, on the model's device.
+
+    Raises:
+        ValueError: the ids are not [B, L] integers of the vocabulary, or the mask has another shape.
+    """
     if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
         raise ValueError(
             f"input_ids must be a [B, L] integer tensor with at least one token, got {input_ids.dtype} "

@@ -29,6 +29,21 @@ class SSMState(NamedTuple):
     state: Tensor
 
 
+class ScanInputs(NamedTuple):
+    """What the recurrence works on: `S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T`, `y_t = S_t C_t + D x_t`.
+
+    Attributes:
+        x: [B, L, H, P] inputs, after the convolution.
+        dt: [B, L, H] fp32 step sizes; 0 at padding, which leaves the state as it is.
+        B, C: [B, L, G, N] what each token writes to its group's states and reads them with.
+    """
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+
+
 class SSMPath(nn.Module):
     """Mamba-2 mixer.
 
@@ -69,16 +84,24 @@ class SSMPath(nn.Module):
         init.zeros_(self.conv1d.bias)
 
     def forward(self, hidden_BLD: Tensor, span: Span, state: SSMState | None) -> tuple[Tensor, SSMState]:
-        z, channels, dt = self.in_proj(hidden_BLD).split(
-            [self.inner_size, self.conv1d.in_channels, self.num_heads], dim=-1
-        )
+        z, channels, dt = self._project(hidden_BLD)
         y_BLD, new_state = self._mix(channels, dt, span, state)
         return self.out_proj(self.norm(y_BLD, z)), new_state
 
-    def _mix(
+    def scan_inputs(self, hidden_BLD: Tensor, span: Span) -> ScanInputs:
+        """What the recurrence works on when a sequence begins with the normalised `hidden_BLD`."""
+        _, channels, dt = self._project(hidden_BLD)
+        return self._convolve(channels, dt, span, None)[0]
+
+    def _project(self, hidden_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = [self.inner_size, self.conv1d.in_channels, self.num_heads]
+        z, channels, dt = self.in_proj(hidden_BLD).split(sizes, dim=-1)
+        return z, channels, dt
+
+    def _convolve(
         self, channels: Tensor, dt: Tensor, span: Span, state: SSMState | None
-    ) -> tuple[Tensor, SSMState]:
-        """Convolution and recurrence; what they need is free again when the output norm asks for memory."""
+    ) -> tuple[ScanInputs, Tensor]:
+        """The inputs of the recurrence, and what the convolution keeps for the next piece."""
         channels, conv_state = causal_conv(
             channels,
             self.conv1d.weight.squeeze(1),
@@ -94,11 +117,18 @@ class SSMPath(nn.Module):
         C_BLGN = torch.unflatten(C, -1, (self.num_groups, self.state_size))
         dt_BLH = F.softplus(dt.float() + self.dt_bias.float())
         if span.valid_BL is not None:
-            dt_BLH = dt_BLH * span.valid_BL[..., None]  # dt = 0 leaves the state as it is
+            dt_BLH = dt_BLH * span.valid_BL[..., None]
+        return ScanInputs(x_BLHP, dt_BLH, B_BLGN, C_BLGN), conv_state
+
+    def _mix(
+        self, channels: Tensor, dt: Tensor, span: Span, state: SSMState | None
+    ) -> tuple[Tensor, SSMState]:
+        """Convolution and recurrence; what they need is free again when the output norm asks for memory."""
+        inputs, conv_state = self._convolve(channels, dt, span, state)
+        dt_BLH, C_BLGN = inputs.dt, inputs.C
         A_H = -torch.exp(self.A_log.float())
 
         grid = ChunkGrid(span, self.chunk_size, dt.shape[0], dt.device)
-        inputs = (x_BLHP, dt_BLH, B_BLGN, C_BLGN)
         initial = None if state is None else state.state
         scan = self._scan(grid, inputs, A_H, None, initial)
         assert scan.squared_norms is not None
@@ -144,7 +174,7 @@ class SSMPath(nn.Module):
     def _scan(
         self,
         grid: ChunkGrid,
-        inputs: tuple[Tensor, ...],
+        inputs: ScanInputs,
         A_H: Tensor,
         log_decay: Tensor | None,
         initial: Tensor | None,
@@ -152,7 +182,7 @@ class SSMPath(nn.Module):
         """The recurrence over the piece, in chunks that lie on the grid; a written decay takes the place of `dt A`."""
         aligned = grid.offset_B is None or grid.span.size == 1
         if not aligned:
-            inputs = tuple(grid.to_grid(tensor).flatten(1, 2) for tensor in inputs)
+            inputs = ScanInputs(*(grid.to_grid(tensor).flatten(1, 2) for tensor in inputs))
             log_decay = None if log_decay is None else grid.to_grid(log_decay).flatten(1, 2)
         x, dt, B, C = inputs
         out = ssd(
