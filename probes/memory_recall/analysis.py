@@ -12,6 +12,7 @@ import numpy as np
 
 from hydra_lab.metrics import mcnemar_p_value, mean_interval, pairing_test, sign_flip_p_value
 from hydra_lab.probing import Effect, Finding, corrected
+from probes.memory_recall.editing import Editing
 from probes.memory_recall.measure import Answers, Deletion, Floats, Ints
 
 FORM_NAMES = {"closed": "closed book", "lacking": "notes without the answer", "holding": "open book"}
@@ -26,6 +27,7 @@ class Evidence:
         relations: [N] index of each question's relation.
         whole, without: answers by form, with the memory and with it cut.
         deletion: of the first M questions.
+        editing: None where no fact was edited.
     """
 
     layers: tuple[int, ...]
@@ -33,6 +35,7 @@ class Evidence:
     whole: Mapping[str, Answers]
     without: Mapping[str, Answers]
     deletion: Deletion
+    editing: Editing | None = None
 
     def cost(self, form: str) -> Floats:
         """[N, N] fall of the log-probability of question j's answer (column), asked question i (row), when the
@@ -50,9 +53,11 @@ def findings(evidence: Evidence, *, num_resamplings: int, seed: int) -> tuple[Fi
     for make in (_accuracy, _cost):
         drafts += [make(evidence, form, num_resamplings, seed) for form in ("closed", "holding")]
     for y in range(len(evidence.layers)):
-        drafts.append(_beta_over_question(evidence, y, num_resamplings, seed))
-        drafts.append(_beta_at_answer(evidence, y, num_resamplings, seed))
+        for form in _CONTRASTS:
+            drafts += [_beta(evidence, y, form, field, num_resamplings, seed) for field in _PLACES]
     drafts.append(_deletion(evidence, num_resamplings, seed))
+    if evidence.editing is not None:
+        drafts.append(_editing(evidence.editing, num_resamplings, seed))
     made = [finding for finding, _ in drafts]
     return tuple(
         replace(finding, verdict=say(fixed))
@@ -105,14 +110,18 @@ def _accuracy(evidence: Evidence, form: str, num_resamplings: int, seed: int) ->
 def _cost(evidence: Evidence, form: str, num_resamplings: int, seed: int) -> Draft:
     cost_NN = evidence.cost(form)
     own_N = np.diagonal(cost_NN).copy()
-    test = pairing_test(cost_NN, evidence.relations, num_resamplings=num_resamplings, seed=seed)
+    settings = {"num_resamplings": num_resamplings, "seed": seed}
+    # Both must fail for a claim: without a memory, no question is answered worse; every answer suffers as much. The
+    # second alone would claim of answers that are certain either way: only the others' logits then move.
+    test = pairing_test(cost_NN, evidence.relations, **settings)
+    p_value = max(test.p_value, sign_flip_p_value(own_N, **settings))
     name = FORM_NAMES[form]
 
     def say(fixed: Finding) -> str:
         if fixed.is_claimed():
             return (
-                f"{name}: the memory speaks for the right answer; without it its log-probability falls by "
-                f"{fixed.estimate:.2f} nats, that of other questions' answers by {fixed.null_value:.2f}."
+                f"{name}: the memory speaks for the right answer; without it the answer's log-probability falls by "
+                f"{fixed.estimate:.3f} nats."
             )
         return f"{name}: cutting the memory is not shown to cost the right answer more than any other."
 
@@ -120,10 +129,11 @@ def _cost(evidence: Evidence, form: str, num_resamplings: int, seed: int) -> Dra
         name=f"{name}: cost of cutting the memory",
         estimate=test.value,
         unit="nats",
-        interval=mean_interval(own_N, num_resamplings=num_resamplings, seed=seed),
-        null="the cut costs the right answer no more than the answers to other questions of its relation",
-        null_value=test.null_value,
-        p_value=test.p_value,
+        interval=mean_interval(own_N, **settings),
+        null="the cut costs nothing; and the right answer no more than those to other questions of its relation (p is "
+        "the larger one)",
+        null_value=0.0,
+        p_value=p_value,
         n=len(own_N),
         n_unit="questions",
         verdict="",
@@ -131,66 +141,59 @@ def _cost(evidence: Evidence, form: str, num_resamplings: int, seed: int) -> Dra
     return finding, say
 
 
-def _beta_over_question(evidence: Evidence, y: int, num_resamplings: int, seed: int) -> Draft:
-    difference_N = (
-        evidence.whole["lacking"].beta_asked[y] - evidence.whole["holding"].beta_asked[y]
-    )  # the paper's direction is positive
-    more_N = np.diagonal(evidence.cost("lacking") - evidence.cost("holding")).copy()
-    effect = Effect(
-        description="memory cut in every block: how much more it costs the right answer where the notes lack it",
-        estimate=float(more_N.mean()),
-        unit="nats",
-        interval=mean_interval(more_N, num_resamplings=num_resamplings, seed=seed),
-        p_value=sign_flip_p_value(more_N, num_resamplings=num_resamplings, seed=seed),
-    )
-    return _beta(
-        evidence, y, "over the question", difference_N, effect, num_resamplings=num_resamplings, seed=seed
-    )
+_CONTRASTS = {
+    "closed": "closed book less open book",
+    "lacking": "notes without the answer less notes with it",
+}
+"""What beta is compared between: as the paper says it, and with nothing but one note different.
+
+Only the second is tested. A question alone and a question after notes differ in length and in all that the notes say, so
+beta differs between them in a random model too."""
+_PLACES = {"beta_asked": "over the question", "beta_answer": "at the answer"}
 
 
-def _beta_at_answer(evidence: Evidence, y: int, num_resamplings: int, seed: int) -> Draft:
-    difference_N = evidence.whole["lacking"].beta_answer[y] - evidence.whole["holding"].beta_answer[y]
-    return _beta(
-        evidence, y, "at the answer", difference_N, None, num_resamplings=num_resamplings, seed=seed
-    )
-
-
-def _beta(
-    evidence: Evidence,
-    y: int,
-    where: str,
-    difference_N: Floats,
-    effect: Effect | None,
-    *,
-    num_resamplings: int,
-    seed: int,
-) -> Draft:
-    layer = evidence.layers[y]
+def _beta(evidence: Evidence, y: int, form: str, field: str, num_resamplings: int, seed: int) -> Draft:
+    settings = {"num_resamplings": num_resamplings, "seed": seed}
+    layer, where, contrast = evidence.layers[y], _PLACES[field], _CONTRASTS[form]
+    less_N, more_N = (getattr(evidence.whole[each], field)[y] for each in ("holding", form))
+    difference_N = more_N - less_N
+    tested = form == "lacking"
+    effect = None
+    if field == "beta_asked":
+        dearer_N = np.diagonal(evidence.cost(form) - evidence.cost("holding")).copy()
+        effect = Effect(
+            description=f"memory cut in every block: its cost to the right answer, {contrast}",
+            estimate=float(dearer_N.mean()),
+            unit="nats",
+            interval=mean_interval(dearer_N, **settings),
+            p_value=sign_flip_p_value(dearer_N, **settings) if tested else None,
+        )
 
     def say(fixed: Finding) -> str:
+        values = f"{more_N.mean():.3f} against {less_N.mean():.3f}"
+        said = f"Block {layer}, beta {where}, {contrast.replace(' less ', ' against ')}: {values}"
+        if not tested:
+            return f"{said}. Not tested: the length of the context differs too."
         if not fixed.is_claimed():
-            said = f"Block {layer}, beta {where}: no evidence that it depends on what the notes hold"
-        elif fixed.estimate > 0:
-            said = f"Block {layer}, beta {where} is higher by {fixed.estimate:.3f} where the notes lack the answer"
-        else:
-            said = (
-                f"Block {layer}, beta {where} is lower by {-fixed.estimate:.3f} where the notes lack the answer: "
-                "against the claim"
-            )
+            said += ", no evidence of a difference"
+        elif fixed.estimate < 0:
+            said += ", lower: against the claim"
         if fixed.causal is None:
             return f"{said}."
         if is_shown(fixed.causal):
-            return f"{said}; and there the memory matters more, by {fixed.causal.estimate:.2f} nats."
-        return f"{said}; that the memory matters more there is not shown."
+            return f"{said}. Cutting the memory costs {fixed.causal.estimate:.2f} nats more there."
+        return f"{said}. That cutting the memory costs more there is not shown."
 
     finding = Finding(
-        name=f"block {layer}: beta {where}, notes without the answer less notes with it",
+        name=f"block {layer}: beta {where}, {contrast}",
         estimate=float(difference_N.mean()),
         unit="beta",
-        interval=mean_interval(difference_N, num_resamplings=num_resamplings, seed=seed),
-        null="which notes hold the answer is swapped at random within each question",
+        interval=mean_interval(difference_N, **settings),
+        null="the two contexts swapped at random within each question"
+        if tested
+        else "no difference (not tested)",
         null_value=0.0,
-        p_value=sign_flip_p_value(difference_N, two_sided=True, num_resamplings=num_resamplings, seed=seed),
+        p_value=sign_flip_p_value(difference_N, two_sided=True, **settings) if tested else None,
         n=len(difference_N),
         n_unit="questions",
         verdict="",
@@ -243,6 +246,44 @@ def _deletion(evidence: Evidence, num_resamplings: int, seed: int) -> Draft:
         p_value=max(other_addresses.p_value, other_answers.p_value),
         n=size,
         n_unit=f"facts ({int(whole.sum())} of them known)",
+        verdict="",
+        causal=effect,
+    )
+    return finding, say
+
+
+def _editing(editing: Editing, num_resamplings: int, seed: int) -> Draft:
+    settings = {"num_resamplings": num_resamplings, "seed": seed}
+    size = len(editing.achieved)
+    own_N = np.diagonal(editing.rise).copy()
+    test = pairing_test(editing.rise, np.zeros(size, dtype=np.int64), **settings)
+    lost_N = 1.0 - editing.kept
+    effect = Effect(
+        description="a fact edited: share of other facts, right before, that are no longer",
+        estimate=float(lost_N.mean()),
+        unit="share of questions",
+        interval=mean_interval(lost_N, **settings),
+    )
+
+    def say(fixed: Finding) -> str:
+        told = (
+            f"{editing.achieved.sum()} of {size} edits hold in the phrasing that was edited, {editing.repeated.sum()} in "
+            f"another one; an edit loses {100 * lost_N.mean():.1f}% of the other facts"
+        )
+        if fixed.is_claimed():
+            return f"{told}. The new answer reaches the other phrasing of its own fact, not other facts' answers."
+        return f"{told}. That the edit reaches the other phrasing is not shown."
+
+    finding = Finding(
+        name="editing: rise of the new answer in a phrasing that was not edited",
+        estimate=float(own_N.mean()),
+        unit="nats",
+        interval=mean_interval(own_N, **settings),
+        null="new answers handed out at random among the edits; and no rise (p is the larger one)",
+        null_value=0.0,
+        p_value=max(test.p_value, sign_flip_p_value(own_N, **settings)),
+        n=size,
+        n_unit="edited facts",
         verdict="",
         causal=effect,
     )

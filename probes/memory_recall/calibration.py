@@ -26,8 +26,14 @@ LAYER = 1
 _RELATION, _NOTE = 1, 2
 _FIRST_SUBJECT, _FIRST_ANSWER = 3, 3 + NUM_FACTS
 _SETTINGS = Settings(
-    num_questions=NUM_FACTS, num_notes=2, num_deleted=NUM_FACTS, num_addresses=1, num_resamplings=999, batch_size=64
-)  # fmt: skip
+    num_questions=NUM_FACTS,
+    num_notes=2,
+    num_deleted=NUM_FACTS,
+    num_addresses=1,
+    num_edited=0,
+    num_resamplings=999,
+    batch_size=64,
+)
 
 
 def hand_built(seed: int, *, planted: bool) -> tuple[HydraForCausalLM, list[Question], list[int]]:

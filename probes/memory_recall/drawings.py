@@ -96,9 +96,7 @@ def beta(evidence: Evidence, use: PathUse, *, theme: Theme) -> go.Figure:
     )
 
 
-def deletion(
-    evidence: Evidence, questions: Sequence[Question], use: PathUse, *, theme: Theme
-) -> go.Figure:
+def deletion(evidence: Evidence, questions: Sequence[Question], use: PathUse, *, theme: Theme) -> go.Figure:
     """What masking each question's addresses costs every question."""
     drop = evidence.deletion.drop
     size = len(drop)

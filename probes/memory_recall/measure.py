@@ -47,9 +47,7 @@ class Answers:
     beta_answer: Floats
 
 
-def answers(
-    model: HydraForCausalLM, questions: Sequence[Question], form: str, *, batch_size: int
-) -> Answers:
+def answers(model: HydraForCausalLM, questions: Sequence[Question], form: str, *, batch_size: int) -> Answers:
     """Ask every question in one of the `FORMS`, with the true answer laid behind it."""
     size = len(questions)
     layers = model.config.layers_with("memory")

@@ -40,6 +40,23 @@ class Question:
         return notes + self.asked
 
 
+@dataclass(frozen=True, kw_only=True)
+class EditableFact:
+    """A fact and what it is to say instead.
+
+    Attributes:
+        prompt: the question that is edited, as text.
+        rephrased: the same question in another phrasing, with the new answer as its answer.
+        new_answer: as text, with its leading space.
+        text: for people.
+    """
+
+    prompt: str
+    rephrased: Question
+    new_answer: str
+    text: str
+
+
 def world_questions(
     tokenizer: PreTrainedTokenizerBase, *, num_questions: int, num_notes: int, seed: int
 ) -> list[Question]:
@@ -48,21 +65,16 @@ def world_questions(
     Raises:
         ValueError: the packages that hold the facts are missing, or there are not as many facts.
     """
-    try:
-        from hydra_lab.data.world import OpenBook, load_world
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the facts need the package {error.name}: pip install 'hydra-lab[train]'") from None
+    facts = _facts()
+    from hydra_lab.data.world import OpenBook
+
     rng = random.Random(seed)
-    facts = load_world().facts
     by_relation: dict[str, list[Fact]] = {}
     for fact in facts:
         by_relation.setdefault(fact.relation, []).append(fact)
     trained = [fact for fact in facts if fact.held_out_phrasing() != 0]
     if num_questions > len(trained):
         raise ValueError(f"num_questions={num_questions} must be at most {len(trained)}, the facts there are")
-
-    def encode(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer.encode(text, add_special_tokens=False))
 
     questions: list[Question] = []
     for fact in rng.sample(trained, num_questions):
@@ -75,7 +87,10 @@ def world_questions(
         while len(notes) < num_notes:
             # The note that takes the answer's place is of the same relation, the others of any.
             other = rng.choice(others if not notes else facts)
-            if other.answer != fact.answer and other.subject not in {fact.subject, *(n.subject for n in notes)}:
+            if other.answer != fact.answer and other.subject not in {
+                fact.subject,
+                *(n.subject for n in notes),
+            }:
                 notes.append(other)
         order = rng.sample(range(num_notes), num_notes)
         lacking = [notes[place] for place in order]
@@ -83,11 +98,57 @@ def world_questions(
         questions.append(
             Question(
                 relation=fact.relation,
-                asked=encode(fact.question(0)),
-                lacking=encode(OpenBook(tuple(lacking), invented=False).stated()),
-                holding=encode(OpenBook(tuple(holding), invented=False).stated()),
-                answer=encode(f" {fact.answer}"),
+                asked=_encode(tokenizer, fact.question(0)),
+                lacking=_encode(tokenizer, OpenBook(tuple(lacking), invented=False).stated()),
+                holding=_encode(tokenizer, OpenBook(tuple(holding), invented=False).stated()),
+                answer=_encode(tokenizer, f" {fact.answer}"),
                 text=f"{fact.relation} of {fact.subject}: {fact.answer}",
             )
         )
     return questions
+
+
+def editable_facts(tokenizer: PreTrainedTokenizerBase, *, num_facts: int, seed: int) -> list[EditableFact]:
+    """Facts that training asks in both phrasings, each with the answer of another one of its relation.
+
+    Raises:
+        ValueError: as `world_questions`.
+    """
+    facts = _facts()
+    rng = random.Random(f"edit {seed}")
+    trained = [fact for fact in facts if fact.held_out_phrasing() is None]
+    if num_facts > len(trained):
+        raise ValueError(f"num_edited={num_facts} must be at most {len(trained)}, the facts there are")
+    editable: list[EditableFact] = []
+    for fact in rng.sample(trained, num_facts):
+        new = rng.choice(
+            [each.answer for each in facts if each.relation == fact.relation and each.answer != fact.answer]
+        )
+        editable.append(
+            EditableFact(
+                prompt=fact.question(0),
+                rephrased=Question(
+                    relation=fact.relation,
+                    asked=_encode(tokenizer, fact.question(1)),
+                    lacking=(),
+                    holding=(),
+                    answer=_encode(tokenizer, f" {new}"),
+                    text=f"{fact.relation} of {fact.subject}: {new}",
+                ),
+                new_answer=f" {new}",
+                text=f"{fact.relation} of {fact.subject}: {fact.answer}, edited to {new}",
+            )
+        )
+    return editable
+
+
+def _facts() -> "tuple[Fact, ...]":
+    try:
+        from hydra_lab.data.world import load_world
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the facts need the package {error.name}: pip install 'hydra-lab[train]'") from None
+    return load_world().facts
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False))

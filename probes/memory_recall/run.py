@@ -1,9 +1,10 @@
 """The study: does the model take facts from its memory when, and only when, the context does not hold them?
 
-    hydra-lab probe memory-recall demo --out results
+hydra-lab probe memory-recall demo --out results
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.probing import Outcome, Probe, Study
 from probes.memory_recall import drawings, measure
 from probes.memory_recall.analysis import Evidence, findings
-from probes.memory_recall.questions import FORMS, Question, world_questions
+from probes.memory_recall.editing import edit_all
+from probes.memory_recall.questions import FORMS, Question, editable_facts, world_questions
 from probes.memory_recall.settings import Settings
 
 _USE_SAMPLES = 2  # per domain: path use is a remark on the figures here, not a result
@@ -60,6 +62,17 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
         seed=probe.seed,
     )
     evidence = gather(probe.model, questions, chosen, progress=probe.progress)
+    if chosen.num_edited:
+        editing = edit_all(
+            probe.model,
+            probe.tokenizer,
+            editable_facts(probe.tokenizer, num_facts=chosen.num_edited, seed=probe.seed),
+            questions,
+            layer=evidence.layers[0],
+            batch_size=chosen.batch_size,
+            progress=probe.progress,
+        )
+        evidence = replace(evidence, editing=editing)
     probe.progress("use of the memory")
     use = path_use_of_samples(probe.model, probe.samples.first_of_each(_USE_SAMPLES), batch_size=8)
     found = findings(evidence, num_resamplings=chosen.num_resamplings, seed=probe.seed)

@@ -84,9 +84,7 @@ def share_of_way(moved: Floats, way: Floats) -> float:
     return float(moved.sum() / way.sum())
 
 
-def share_interval(
-    moved: Floats, way: Floats, *, num_resamplings: int, seed: int
-) -> tuple[float, float]:
+def share_interval(moved: Floats, way: Floats, *, num_resamplings: int, seed: int) -> tuple[float, float]:
     """95% bootstrap interval of `share_of_way` over problems."""
     drawn = np.random.default_rng(seed).integers(len(way), size=(num_resamplings, len(way)))
     shares = moved[drawn].sum(axis=1) / way[drawn].sum(axis=1)
@@ -182,7 +180,10 @@ class _Test:
                 verdict="",
                 layer=layer,
             )
-            return blank, lambda _fixed: f"{trace.kind}, block {layer}: not traced, too few problems are solved."
+            return (
+                blank,
+                lambda _fixed: f"{trace.kind}, block {layer}: not traced, too few problems are solved.",
+            )
         moved, together = trace.slot[y], trace.block[y]
         all_share = share_of_way(together.own - together.other, trace.way)
         patch = self._effect(moved.own - moved.other, "")

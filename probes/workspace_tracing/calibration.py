@@ -23,7 +23,9 @@ NUM_PROBLEMS = 48
 _CHUNK, _NUM_CHUNKS = 8, 3
 _QUESTION = 1
 _CLASS_1, _CLASS_2, _FILLERS = range(2, 14), range(14, 26), range(26, 50)
-_MARK_1, _MARK_2, _MARK_QUESTION, _FIRST_NAME = range(4)  # channels; those from _FIRST_NAME on tell tokens apart
+_MARK_1, _MARK_2, _MARK_QUESTION, _FIRST_NAME = range(
+    4
+)  # channels; those from _FIRST_NAME on tell tokens apart
 _SETTINGS = Settings(
     num_problems=NUM_PROBLEMS, most_tokens=64, least_share=0.05, num_resamplings=999, batch_size=64
 )  # fmt: skip

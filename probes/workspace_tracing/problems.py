@@ -179,7 +179,9 @@ def _open_book(rng: random.Random) -> Iterator[_Texts]:
         )
         question = asked.question(0)
 
-        def told(changed: Mapping[str, Fact], facts: Mapping[str, Fact] = facts, question: str = question) -> str:
+        def told(
+            changed: Mapping[str, Fact], facts: Mapping[str, Fact] = facts, question: str = question
+        ) -> str:
             return OpenBook(tuple({**facts, **changed}.values()), invented=True).stated() + question
 
         yield _Texts(

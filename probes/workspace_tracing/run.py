@@ -1,6 +1,6 @@
 """The study: which slot of the workspace holds which premise?
 
-    hydra-lab probe workspace-tracing demo --out results
+hydra-lab probe workspace-tracing demo --out results
 """
 
 from collections.abc import Callable, Sequence
