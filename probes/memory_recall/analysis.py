@@ -49,9 +49,8 @@ Draft = tuple[Finding, Callable[[Finding], str]]
 
 def findings(evidence: Evidence, *, num_resamplings: int, seed: int) -> tuple[Finding, ...]:
     """Every finding, with raw p-values; the sentences go by the corrected ones."""
-    drafts: list[Draft] = []
-    for make in (_accuracy, _cost):
-        drafts += [make(evidence, form, num_resamplings, seed) for form in ("closed", "holding")]
+    drafts = [_accuracy(evidence, form, num_resamplings, seed) for form in FORM_NAMES]
+    drafts += [_cost(evidence, form, num_resamplings, seed) for form in ("closed", "holding")]
     for y in range(len(evidence.layers)):
         for form in _CONTRASTS:
             drafts += [_beta(evidence, y, form, field, num_resamplings, seed) for field in _PLACES]
@@ -147,8 +146,8 @@ _CONTRASTS = {
 }
 """What beta is compared between: as the paper says it, and with nothing but one note different.
 
-Only the second is tested. A question alone and a question after notes differ in length and in all that the notes say, so
-beta differs between them in a random model too."""
+Only the second is tested. A question alone and a question after notes differ in length and in all that the notes say,
+so beta differs between them in a random model too."""
 _PLACES = {"beta_asked": "over the question", "beta_answer": "at the answer"}
 
 
@@ -267,8 +266,8 @@ def _editing(editing: Editing, num_resamplings: int, seed: int) -> Draft:
 
     def say(fixed: Finding) -> str:
         told = (
-            f"{editing.achieved.sum()} of {size} edits hold in the phrasing that was edited, {editing.repeated.sum()} in "
-            f"another one; an edit loses {100 * lost_N.mean():.1f}% of the other facts"
+            f"{editing.achieved.sum()} of {size} edits hold in the phrasing that was edited, "
+            f"{editing.repeated.sum()} in another one; an edit loses {100 * lost_N.mean():.1f}% of the other facts"
         )
         if fixed.is_claimed():
             return f"{told}. The new answer reaches the other phrasing of its own fact, not other facts' answers."

@@ -33,7 +33,8 @@ class Answers:
 
     Attributes:
         right: [N] whether every token of the answer is the most likely one after those before it.
-        hits: [N, N] whether the most likely first token, asked question i (row), is that of question j's answer (column).
+        hits: [N, N] whether the most likely first token, asked question i (row), is that of question j's answer
+            (column).
         log_probability: [N, N] log-probability, nats, that question i (row) gives to the first token of question j's
             answer (column), at the place of its own answer.
         beta_asked: [Y, N] mean gate of the memory over the question's tokens, 0..1.

@@ -111,8 +111,8 @@ STUDY = Study(
     question="Does the model take facts from its memory, and only when the context does not hold them?",
     claim="The memory's gate beta is low when the context holds the answer and high when it does not; the memory then "
     "supplies the answer, from addresses of that fact's own.",
-    null="Answers, notes and addresses handed out at random: beta, the cost of a cut and that of a deletion do not know "
-    "which question they belong to.",
+    null="Answers, notes and addresses handed out at random: beta, the cost of a cut and that of a deletion do not "
+    "know which question they belong to.",
     causal_check="The memory is cut in every block, and the addresses that a question reads most are masked, against "
     "those of other questions.",
     run=run,

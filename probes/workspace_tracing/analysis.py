@@ -166,7 +166,10 @@ class _Test:
         """Does one slot of a block hold the premise?"""
         trace, layer = self.trace, self.trace.layers[y]
         name = f"{trace.kind}: block {layer}, the slot that moves the answer most"
-        null = f"the premise's own change moves the answer no further than another's and {self.least_share:.0%} of the way"
+        null = (
+            "the premise's own change moves the answer no further than another premise's, and "
+            f"{self.least_share:.0%} of the way"
+        )
         if trace.everything is None:
             blank = Finding(
                 name=name,
@@ -192,16 +195,20 @@ class _Test:
             where = f"{trace.kind}, block {layer}"
             share = f"{100 * fixed.estimate:.0f}%"
             if fixed.is_claimed():
-                said = f"{where}: slot {trace.chosen[y]} holds the premise; patched alone it moves the answer {share} of the way"
+                said = (
+                    f"{where}: slot {trace.chosen[y]} holds the premise; patched alone it moves the answer {share} of "
+                    "the way"
+                )
             else:
                 said = (
-                    f"{where}: no slot holds the premise; the best one (slot {trace.chosen[y]}) moves the answer {share} "
-                    "of the way"
+                    f"{where}: no slot holds the premise; the best one (slot {trace.chosen[y]}) moves the answer "
+                    f"{share} of the way"
                 )
             said += f", all slots of the block {100 * all_share:.0f}%"
             assert fixed.causal is not None
             if is_shown(fixed.causal):
-                return f"{said}. Without this workspace the answer's lead falls by {100 * fixed.causal.estimate:.0f}% of the way."
+                fall = f"{100 * fixed.causal.estimate:.0f}% of the way"
+                return f"{said}. Without this workspace the answer's lead falls by {fall}."
             return f"{said}. Cutting this workspace is not shown to matter."
 
         finding = Finding(

@@ -116,8 +116,8 @@ def planted_model(seed: int) -> tuple[HydraForCausalLM, int]:
 
 
 def structureless_model(seed: int) -> HydraForCausalLM:
-    """A model whose attention answers. Its workspace writes and reads at random; or, for odd seeds, holds the premise as
-    in `planted_model`, but nobody reads it."""
+    """A model whose attention answers. Its workspace writes and reads at random; or, for odd seeds, holds the premise
+    as in `planted_model`, but nobody reads it."""
     if seed % 2:
         model, _ = planted_model(seed)
         with torch.no_grad():

@@ -47,8 +47,8 @@ def content(traces: list[Trace], use: PathUse, *, theme: Theme) -> go.Figure:
         traces,
         use,
         title="How much do the slots differ where one premise differs?",
-        subtitle="distance of what the last token finds, over the norm; 0: the same, 1.4: unrelated; mean over problems, "
-        + _counts({t.kind: len(t.baseline.contrast) for t in traces}),
+        subtitle="distance of what the last token finds, over the norm; 0: the same, 1.4: unrelated; mean over "
+        "problems, " + _counts({t.kind: len(t.baseline.contrast) for t in traces}),
         colour_title="distance<br>over norm",
         colour_range=(0.0, max(float(values.max()), 1e-3)),
         colour_scale=MAGNITUDE,
@@ -68,8 +68,8 @@ def route(traces: list[Trace], use: PathUse, *, theme: Theme) -> go.Figure:
         traces,
         use,
         title="How much of what is read at the end was written from the premise?",
-        subtitle="share of the slot that the premise's tokens wrote, times the last token's attention and gate; mean over "
-        "problems, " + _counts({t.kind: len(t.baseline.contrast) for t in traces}),
+        subtitle="share of the slot that the premise's tokens wrote, times the last token's attention and gate; mean "
+        "over problems, " + _counts({t.kind: len(t.baseline.contrast) for t in traces}),
         colour_title="% of<br>a reading",
         colour_range=(0.0, max(float(values.max()), 1e-3)),
         colour_scale=MAGNITUDE,

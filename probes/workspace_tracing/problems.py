@@ -1,7 +1,7 @@
 """Problems of which one premise is changed: the same tokens otherwise, so that whatever differs is that premise."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -179,15 +179,17 @@ def _open_book(rng: random.Random) -> Iterator[_Texts]:
         )
         question = asked.question(0)
 
-        def told(
-            changed: Mapping[str, Fact], facts: Mapping[str, Fact] = facts, question: str = question
-        ) -> str:
-            return OpenBook(tuple({**facts, **changed}.values()), invented=True).stated() + question
+        def told(replaced: "Fact", book: "dict[str, Fact]" = facts, question: str = question) -> str:
+            """The notes, one fact of them replaced, and the question."""
+            return (
+                OpenBook(tuple({**book, replaced.subject: replaced}.values()), invented=True).stated()
+                + question
+            )
 
         yield _Texts(
-            text=told({}),
-            changed=told({asked.subject: replace(asked, answer=new)}),
-            control=told({other.subject: replace(other, answer=new_other)}),
+            text=told(asked),
+            changed=told(replace(asked, answer=new)),
+            control=told(replace(other, answer=new_other)),
             answer=f" {asked.answer}",
             changed_answer=f" {new}",
         )

@@ -151,8 +151,8 @@ STUDY = Study(
     name="workspace-tracing",
     question="Which slot of the workspace holds which premise, and does the answer depend on it?",
     claim="A premise that is needed later is written into a slot, and the question reads it there.",
-    null="Premises swapped at random: a slot from the run with another premise moves the answer no further than one from "
-    "a run whose unasked premise differs.",
+    null="Premises swapped at random: a slot from the run with another premise moves the answer no further than one "
+    "from a run whose unasked premise differs.",
     causal_check="One slot's content is taken from a run that differs in one premise only, and the answer follows, on "
     "problems that did not choose the slot; and the workspace is cut.",
     run=run,

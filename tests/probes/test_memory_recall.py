@@ -165,7 +165,7 @@ def test_the_study_on_the_shipped_model() -> None:
     }
     outcome = STUDY.run(probe, settings)
     assert list(outcome.figures) == ["accuracy", "beta", "deletion"]
-    assert len({finding.name for finding in outcome.findings}) == len(outcome.findings) == 10
+    assert len({finding.name for finding in outcome.findings}) == len(outcome.findings) == 11
     assert all(finding.verdict for finding in outcome.findings)
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name])
