@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 KINDS = ("recall", "chain", "open book")
 _NUM_PAIRS = 8
-_MOST_DRAWS = 400  # per problem that is asked for
+_MOST_DRAWS = 100  # per problem that is asked for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from hydra_lab.data.samples import Samples
 from hydra_lab.loading import load
@@ -27,6 +28,13 @@ SETTINGS = Settings(
     num_resamplings=499,
     batch_size=5,
 )
+
+Demo = tuple[HydraForCausalLM, PreTrainedTokenizerBase]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Demo:
+    return load("demo")
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +156,9 @@ def test_answers_that_are_certain_either_way_are_no_evidence() -> None:
     assert not found["open book: cost of cutting the memory"].is_claimed()
 
 
-def test_the_study_on_the_shipped_model() -> None:
+def test_the_study_on_the_shipped_model(demo: Demo) -> None:
     """Small, but whole: questions of the world, figures, tables; the model stays as it was."""
-    model, tokenizer = load("demo")
+    model, tokenizer = demo
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     samples = Samples(np.full((2, 16), 5), np.ones((2, 16), dtype=bool), np.full(2, 16), ("a", "b"))
     probe = Probe(model=model, tokenizer=tokenizer, name="demo", samples=samples)
@@ -172,8 +180,8 @@ def test_the_study_on_the_shipped_model() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_notes_differ_in_one_note_of_which_one_holds_the_answer() -> None:
-    _, tokenizer = load("demo")
+def test_notes_differ_in_one_note_of_which_one_holds_the_answer(demo: Demo) -> None:
+    _, tokenizer = demo
     for question in world_questions(tokenizer, num_questions=12, num_notes=3, seed=1):
         lacking, holding = (
             str(tokenizer.decode(list(notes))).splitlines() for notes in (question.lacking, question.holding)
@@ -186,15 +194,15 @@ def test_notes_differ_in_one_note_of_which_one_holds_the_answer() -> None:
         assert not any(line.endswith(f"is {answer}.") for line in lacking)
 
 
-def test_edits_ask_another_phrasing() -> None:
-    _, tokenizer = load("demo")
+def test_edits_ask_another_phrasing(demo: Demo) -> None:
+    _, tokenizer = demo
     for fact in editable_facts(tokenizer, num_facts=6, seed=0):
         assert fact.prompt.startswith("Q: ")
         assert not str(tokenizer.decode(list(fact.rephrased.asked))).startswith("Q: ")
         assert str(tokenizer.decode(list(fact.rephrased.answer))) == fact.new_answer
 
 
-def test_bad_input_gives_one_clear_error() -> None:
+def test_bad_input_gives_one_clear_error(demo: Demo) -> None:
     with pytest.raises(ValueError, match=r"num_deleted=30 must be at most num_questions=24"):
         replace(SETTINGS, num_deleted=30)
     with pytest.raises(ValueError, match="num_edited=1 must be 0 or at least 2"):
@@ -202,7 +210,7 @@ def test_bad_input_gives_one_clear_error() -> None:
     with pytest.raises(ValueError, match="num_addresses=70 must be at most 64"):
         model, questions, _ = hand_built(0, planted=True)
         gather(model, questions, replace(SETTINGS, num_addresses=70))
-    _, tokenizer = load("demo")
+    _, tokenizer = demo
     with pytest.raises(ValueError, match=r"num_questions=1000000 must be at most \d+"):
         world_questions(tokenizer, num_questions=1_000_000, num_notes=2, seed=0)
     from hydra_lab.config import HydraConfig
