@@ -38,9 +38,8 @@ class Evidence:
     editing: Editing | None = None
 
     def cost(self, form: str) -> Floats:
-        """[N, N] fall of the log-probability of question j's answer (column), asked question i (row), when the
-        memory is cut, nats."""
-        return self.whole[form].log_probability - self.without[form].log_probability
+        """[N] fall of the log-probability of each question's answer when the memory is cut, nats."""
+        return np.diagonal(self.whole[form].log_probability - self.without[form].log_probability).copy()
 
 
 Draft = tuple[Finding, Callable[[Finding], str]]
@@ -107,12 +106,12 @@ def _accuracy(evidence: Evidence, form: str, num_resamplings: int, seed: int) ->
 
 
 def _cost(evidence: Evidence, form: str, num_resamplings: int, seed: int) -> Draft:
-    cost_NN = evidence.cost(form)
-    own_N = np.diagonal(cost_NN).copy()
+    own_N = evidence.cost(form)
+    fall_NN = evidence.whole[form].log_odds - evidence.without[form].log_odds
     settings = {"num_resamplings": num_resamplings, "seed": seed}
     # Both must fail for a claim: without a memory, no question is answered worse; every answer suffers as much. The
     # second alone would claim of answers that are certain either way: only the others' logits then move.
-    test = pairing_test(cost_NN, evidence.relations, **settings)
+    test = pairing_test(fall_NN, evidence.relations, **settings)
     p_value = max(test.p_value, sign_flip_p_value(own_N, **settings))
     name = FORM_NAMES[form]
 
@@ -126,11 +125,11 @@ def _cost(evidence: Evidence, form: str, num_resamplings: int, seed: int) -> Dra
 
     finding = Finding(
         name=f"{name}: cost of cutting the memory",
-        estimate=test.value,
+        estimate=float(own_N.mean()),
         unit="nats",
         interval=mean_interval(own_N, **settings),
-        null="the cut costs nothing; and the right answer no more than those to other questions of its relation (p is "
-        "the larger one)",
+        null="the cut costs nothing; and the right answer no more than those to other questions of its relation, in "
+        "log-odds (p is the larger one)",
         null_value=0.0,
         p_value=p_value,
         n=len(own_N),
@@ -159,7 +158,7 @@ def _beta(evidence: Evidence, y: int, form: str, field: str, num_resamplings: in
     tested = form == "lacking"
     effect = None
     if field == "beta_asked":
-        dearer_N = np.diagonal(evidence.cost(form) - evidence.cost("holding")).copy()
+        dearer_N = evidence.cost(form) - evidence.cost("holding")
         effect = Effect(
             description=f"memory cut in every block: its cost to the right answer, {contrast}",
             estimate=float(dearer_N.mean()),
@@ -240,7 +239,8 @@ def _deletion(evidence: Evidence, num_resamplings: int, seed: int) -> Draft:
         estimate=float((own_N - elsewhere_N).mean()),
         unit="nats",
         interval=mean_interval(own_N - elsewhere_N, **settings),
-        null="the addresses of facts handed out at random; and the answers within a relation (p is the larger one)",
+        null="the addresses of facts handed out at random; and the answers within a relation, in log-odds "
+        "(p is the larger one)",
         null_value=0.0,
         p_value=max(other_addresses.p_value, other_answers.p_value),
         n=size,

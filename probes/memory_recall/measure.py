@@ -47,6 +47,16 @@ class Answers:
     beta_asked: Floats
     beta_answer: Floats
 
+    @property
+    def log_odds(self) -> Floats:
+        """[N, N] the log of p / (1 - p) for those probabilities.
+
+        To compare answers with each other: the log-probability of a likely answer hardly moves, that of an unlikely one
+        moves as its logit does.
+        """
+        log_p = np.minimum(self.log_probability, -1e-15)
+        return log_p - np.log(-np.expm1(log_p))
+
 
 def answers(model: HydraForCausalLM, questions: Sequence[Question], form: str, *, batch_size: int) -> Answers:
     """Ask every question in one of the `FORMS`, with the true answer laid behind it."""
@@ -128,8 +138,8 @@ class Deletion:
         addresses: [N, count] by block, those of each question.
         drop: [N, N] fall of the log-probability of question i's own answer (column) when the addresses of question j
             (row) are masked, nats.
-        drop_of_answers: [N, N] fall of the log-probability of question j's answer (column), asked question i (row),
-            when the addresses of question i itself are masked, nats.
+        drop_of_answers: [N, N] fall of the log-odds of question j's answer (column), asked question i (row), when the
+            addresses of question i itself are masked, nats.
         right: [N, N] whether question i (column) is still answered right without the addresses of question j (row).
     """
 
@@ -149,7 +159,7 @@ def delete(
 ) -> Deletion:
     """Mask every question's addresses in turn and ask all of them."""
     size = len(questions)
-    intact = answers(model, questions, "closed", batch_size=batch_size).log_probability
+    intact = answers(model, questions, "closed", batch_size=batch_size)
     drop, drop_of_answers = np.zeros((2, size, size))
     right = np.zeros((size, size), dtype=bool)
     for deleted in range(size):
@@ -160,8 +170,8 @@ def delete(
         ]
         with model_lock(model), intervened(model, *masks):
             found = answers(model, questions, "closed", batch_size=batch_size)
-        drop[deleted] = np.diagonal(intact - found.log_probability)
-        drop_of_answers[deleted] = (intact - found.log_probability)[deleted]
+        drop[deleted] = np.diagonal(intact.log_probability - found.log_probability)
+        drop_of_answers[deleted] = (intact.log_odds - found.log_odds)[deleted]
         right[deleted] = found.right
     return Deletion(addresses, drop, drop_of_answers, right)
 
