@@ -116,11 +116,11 @@ def deletion(evidence: Evidence, questions: Sequence[Question], use: PathUse, *,
         colour_scale=DIVERGING,
         hover="asked %{x}, masked %{y}: the log-probability of the answer falls by %{customdata:.2f} nats",
         hover_values=shown[None],
-        cell_height=8,
+        cell_height=10,
     )
-    ticks = {"tickmode": "array", "tickvals": list(range(size)), "ticktext": labels, "tickfont": {"size": 7}}
+    ticks = {"tickmode": "array", "tickvals": list(range(size)), "ticktext": labels, "tickfont": {"size": 8}}
     figure.update_yaxes(autorange="reversed", **ticks)
-    figure.update_xaxes(showticklabels=False)
+    figure.update_xaxes(showticklabels=False, ticks="")
     own, elsewhere = float(np.diagonal(drop).mean()), float(drop[~np.eye(size, dtype=bool)].mean())
     return finish(
         figure,

@@ -19,7 +19,7 @@ from probes.memory_recall.editing import edit_all
 from probes.memory_recall.questions import FORMS, Question, editable_facts, world_questions
 from probes.memory_recall.settings import Settings
 
-_USE_SAMPLES = 2  # per domain: path use is a remark on the figures here, not a result
+_USE_SAMPLES = 8  # per domain, for the remark on every figure
 
 
 def gather(

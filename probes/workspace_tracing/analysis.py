@@ -142,10 +142,12 @@ class _Test:
             said = f"{trace.kind}: {100 * fixed.estimate:.0f}% of the problems are solved whatever the premise says"
             if fixed.causal is None:
                 return f"{said}; too few to trace ({FEWEST_SOLVED} are needed)."
-            moved = f"{100 * fixed.causal.estimate:.0f}% of the way"
+            moved = f"its slots, all together, move the answer {_percent(fixed.causal.estimate)} of the way"
             if is_shown(fixed.causal):
-                return f"{said}; the workspace carries the premise: its slots alone move the answer {moved}."
-            return f"{said}; the workspace does not carry the premise: all its slots together move the answer {moved}."
+                return f"{said}; the workspace carries the premise: {moved}."
+            if self._is_below(fixed.causal.interval):
+                return f"{said}; the workspace does not carry the premise: {moved}."
+            return f"{said}; that the workspace carries the premise is not shown: {moved}."
 
         finding = Finding(
             name=f"{trace.kind}: answers that follow the premise",
@@ -193,23 +195,21 @@ class _Test:
 
         def say(fixed: Finding) -> str:
             where = f"{trace.kind}, block {layer}"
-            share = f"{100 * fixed.estimate:.0f}%"
+            slot = f"slot {trace.chosen[y]}"
             if fixed.is_claimed():
-                said = (
-                    f"{where}: slot {trace.chosen[y]} holds the premise; patched alone it moves the answer {share} of "
-                    "the way"
-                )
+                said = f"{where}: {slot} holds the premise and alone moves the answer"
+            elif self._is_below(fixed.interval):
+                said = f"{where}: no slot holds the premise; the best one ({slot}) moves the answer"
             else:
                 said = (
-                    f"{where}: no slot holds the premise; the best one (slot {trace.chosen[y]}) moves the answer "
-                    f"{share} of the way"
+                    f"{where}: no slot is shown to hold the premise; the best one ({slot}) moves the answer"
                 )
-            said += f", all slots of the block {100 * all_share:.0f}%"
+            said += f" {_percent(fixed.estimate)} of the way, all slots of the block {_percent(all_share)}"
             assert fixed.causal is not None
+            fall = f"the answer's lead falls by {_percent(fixed.causal.estimate)} of the way"
             if is_shown(fixed.causal):
-                fall = f"{100 * fixed.causal.estimate:.0f}% of the way"
-                return f"{said}. Without this workspace the answer's lead falls by {fall}."
-            return f"{said}. Cutting this workspace is not shown to matter."
+                return f"{said}. Without this workspace {fall}."
+            return f"{said}. Cutting this workspace is not shown to matter: {fall}."
 
         finding = Finding(
             name=name,
@@ -227,6 +227,10 @@ class _Test:
         )
         return finding, say
 
+    def _is_below(self, interval: tuple[float, float]) -> bool:
+        """Whether an interval excludes what counts as holding a premise."""
+        return interval[1] < self.least_share
+
     def _effect(self, moved: Floats, description: str) -> Effect:
         settings = {"num_resamplings": self.num_resamplings, "seed": self.seed}
         way = self.trace.way
@@ -242,3 +246,7 @@ class _Test:
 def is_shown(effect: Effect) -> bool:
     """Whether the corrected p-value of an effect allows the claim."""
     return effect.p_corrected is not None and effect.p_corrected <= 0.05
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%".replace("-0.0%", "0.0%")

@@ -34,7 +34,7 @@ def patched(traces: list[Trace], use: PathUse, *, theme: Theme) -> go.Figure:
         colour_range=(-100, 100),
         colour_scale=DIVERGING,
         hover="%{y}, slot %{x}: %{z:.1f}% of the way",
-        cell="%{z:.0f}",
+        cell="%{z:.1f}",
         theme=theme,
     )
 
@@ -149,9 +149,10 @@ def _by_slot(
         colour_scale=colour_scale,
         text=cell,
         hover=hover,
-        cell_height=34,
+        cell_height=46,
     )
     figure.update_yaxes(autorange="reversed")
+    figure.update_coloraxes(colorbar_nticks=5)
     return finish(
         figure,
         title=title,

@@ -18,7 +18,7 @@ from probes.workspace_tracing.measure import Patch
 from probes.workspace_tracing.problems import KINDS, Problem, draw_problems
 from probes.workspace_tracing.settings import Settings
 
-_USE_SAMPLES = 2  # per domain: path use is a remark on the figures here, not a result
+_USE_SAMPLES = 8  # per domain, for the remark on every figure
 
 
 def trace(
