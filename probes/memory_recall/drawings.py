@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from hydra_lab import metrics
 from hydra_lab.figures.grid import heat_map_grid
-from hydra_lab.figures.theme import DIVERGING, SYMBOLS, Theme, colours, finish, hatching
+from hydra_lab.figures.theme import DIVERGING, SYMBOLS, Theme, colours, finish, hatching, text_colour
 from hydra_lab.path_use import PathUse
 from probes.memory_recall.analysis import FORM_NAMES, Evidence
 from probes.memory_recall.measure import Floats
@@ -37,7 +37,7 @@ def accuracy(evidence: Evidence, use: PathUse, *, theme: Theme) -> go.Figure:
                 x=[FORM_NAMES[form] for form in FORMS],
                 y=[100 * float(each.mean()) for each in right],
                 name=name,
-                error_y=_error_bars(right, scale=100),
+                error_y={**_error_bars(right, scale=100), "color": text_colour(theme)},
                 marker={"color": colours(2, theme)[index], "pattern": hatching(index, theme)},
                 hovertemplate="%{x}, " + name + ": %{y:.1f}% right<extra></extra>",
             )
@@ -125,7 +125,7 @@ def deletion(evidence: Evidence, questions: Sequence[Question], use: PathUse, *,
     return finish(
         figure,
         title="Does masking a question's addresses remove its own fact?",
-        subtitle=f"n = {size} facts; mean on the diagonal {own:.3f} nats, off it {elsewhere:.3f}",
+        subtitle=f"n = {size} facts; mean on the diagonal {own:.3f} nats, off it {round(elsewhere, 3) + 0.0:.3f}",
         theme=theme,
         path="memory",
         path_use=use,

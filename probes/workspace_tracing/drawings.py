@@ -28,7 +28,7 @@ def patched(traces: list[Trace], use: PathUse, *, theme: Theme) -> go.Figure:
         traces,
         use,
         title="Does a slot hold the premise?",
-        subtitle="how far the answer moves towards the other premise's when one slot is patched, of the whole way; "
+        subtitle="how far the answer moves towards the other premise's when one slot is patched, of the whole way;<br>"
         "problems that choose a slot, " + _counts({t.kind: len(t.choosing) for t in traces}),
         colour_title="% of<br>the way",
         colour_range=(-100, 100),
@@ -104,7 +104,11 @@ def lag(traces: list[Trace], use: PathUse, *, theme: Theme) -> go.Figure:
     figure.update_xaxes(
         title_text="tokens from the end of the premise's chunk to the question's end", rangemode="tozero"
     )
-    figure.update_yaxes(title_text="% of the way to the other answer")
+    shares = [float(value) for trace in figure["data"] for value in trace["y"]]
+    figure.update_yaxes(
+        title_text="% of the way to the other answer",
+        range=[min([-5.0, *shares]), max([105.0, *shares])],  # the whole way, so that little looks little
+    )
     return finish(
         figure,
         title="Does the workspace carry the premise, and how far?",
