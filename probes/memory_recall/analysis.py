@@ -7,6 +7,7 @@ others.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -108,7 +109,7 @@ def _accuracy(evidence: Evidence, form: str, num_resamplings: int, seed: int) ->
 def _cost(evidence: Evidence, form: str, num_resamplings: int, seed: int) -> Draft:
     own_N = evidence.cost(form)
     fall_NN = evidence.whole[form].log_odds - evidence.without[form].log_odds
-    settings = {"num_resamplings": num_resamplings, "seed": seed}
+    settings: dict[str, Any] = {"num_resamplings": num_resamplings, "seed": seed}
     # Both must fail for a claim: without a memory, no question is answered worse; every answer suffers as much. The
     # second alone would claim of answers that are certain either way: only the others' logits then move.
     test = pairing_test(fall_NN, evidence.relations, **settings)
@@ -151,7 +152,7 @@ _PLACES = {"beta_asked": "over the question", "beta_answer": "at the answer"}
 
 
 def _beta(evidence: Evidence, y: int, form: str, field: str, num_resamplings: int, seed: int) -> Draft:
-    settings = {"num_resamplings": num_resamplings, "seed": seed}
+    settings: dict[str, Any] = {"num_resamplings": num_resamplings, "seed": seed}
     layer, where, contrast = evidence.layers[y], _PLACES[field], _CONTRASTS[form]
     less_N, more_N = (getattr(evidence.whole[each], field)[y] for each in ("holding", form))
     difference_N = more_N - less_N
@@ -205,7 +206,7 @@ def _deletion(evidence: Evidence, num_resamplings: int, seed: int) -> Draft:
     deletion = evidence.deletion
     size = len(deletion.drop)
     relations = evidence.relations[:size]
-    settings = {"num_resamplings": num_resamplings, "seed": seed}
+    settings: dict[str, Any] = {"num_resamplings": num_resamplings, "seed": seed}
     # Both must fail for a claim: any addresses would do as well; any answer suffers as much.
     other_addresses = pairing_test(deletion.drop.T, np.zeros(size, dtype=np.int64), **settings)
     other_answers = pairing_test(deletion.drop_of_answers, relations, **settings)
@@ -252,7 +253,7 @@ def _deletion(evidence: Evidence, num_resamplings: int, seed: int) -> Draft:
 
 
 def _editing(editing: Editing, num_resamplings: int, seed: int) -> Draft:
-    settings = {"num_resamplings": num_resamplings, "seed": seed}
+    settings: dict[str, Any] = {"num_resamplings": num_resamplings, "seed": seed}
     size = len(editing.achieved)
     own_N = np.diagonal(editing.rise).copy()
     test = pairing_test(editing.rise, np.zeros(size, dtype=np.int64), **settings)

@@ -96,7 +96,11 @@ def _hidden_of(model: HydraForCausalLM, subjects: list[int]) -> Tensor:
     """[N, D] what the memory of block `LAYER` is given at each subject."""
     seen: list[Tensor] = []
     block = model.model.blocks[LAYER]
-    handle = block.norm.register_forward_hook(lambda _module, _inputs, hidden: seen.append(hidden))
+
+    def keep(_module: object, _inputs: object, hidden: Tensor) -> None:
+        seen.append(hidden)
+
+    handle = block.norm.register_forward_hook(keep)
     model(torch.tensor([[_RELATION, subject] for subject in subjects]), use_cache=False)
     handle.remove()
     return seen[0][:, -1]

@@ -9,6 +9,7 @@ Shape suffixes: N problems, T problems that test a slot, Y blocks with a workspa
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -232,7 +233,7 @@ class _Test:
         return interval[1] < self.least_share
 
     def _effect(self, moved: Floats, description: str) -> Effect:
-        settings = {"num_resamplings": self.num_resamplings, "seed": self.seed}
+        settings: dict[str, Any] = {"num_resamplings": self.num_resamplings, "seed": self.seed}
         way = self.trace.way
         return Effect(
             description=description,

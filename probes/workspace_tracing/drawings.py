@@ -82,10 +82,12 @@ def route(traces: list[Trace], use: PathUse, *, theme: Theme) -> go.Figure:
 def lag(traces: list[Trace], use: PathUse, *, theme: Theme) -> go.Figure:
     """How far all slots together move the answer, by the distance from writing to reading."""
     figure = go.Figure()
+    shares = [-5.0, 105.0]  # the whole way on the axis, so that little looks little
     for index, trace in enumerate(traces):
         if trace.everything is None:
             continue
         share = 100 * (trace.everything.own - trace.everything.other) / trace.way
+        shares += share.tolist()
         figure.add_trace(
             go.Scatter(
                 x=trace.baseline.lag[trace.testing],
@@ -104,11 +106,7 @@ def lag(traces: list[Trace], use: PathUse, *, theme: Theme) -> go.Figure:
     figure.update_xaxes(
         title_text="tokens from the end of the premise's chunk to the question's end", rangemode="tozero"
     )
-    shares = [float(value) for trace in figure["data"] for value in trace["y"]]
-    figure.update_yaxes(
-        title_text="% of the way to the other answer",
-        range=[min([-5.0, *shares]), max([105.0, *shares])],  # the whole way, so that little looks little
-    )
+    figure.update_yaxes(title_text="% of the way to the other answer", range=[min(shares), max(shares)])
     return finish(
         figure,
         title="Does the workspace carry the premise, and how far?",

@@ -44,9 +44,7 @@ def rewrite(tap: nn.Module, chunk: int, state: Tensor) -> Any:
 
 
 @torch.no_grad()
-def run(
-    path: SSMPath, hidden: Tensor, state: SSMState | None = None, start: int = 0
-) -> tuple[Tensor, SSMState]:
+def run(path: SSMPath, hidden: Tensor, state: SSMState | None = None, start: int = 0) -> tuple[Tensor, SSMState]:
     span = Span(hidden.shape[1], torch.full((len(hidden),), start) if start else None)
     return path(hidden, span, state)
 
@@ -58,9 +56,7 @@ def another_state(path: SSMPath, seed: int) -> Tensor:
 
 def test_states_are_those_after_each_chunk(path: SSMPath, hidden: Tensor) -> None:
     seen: list[ChunkStates] = []
-    handles = [
-        tap.register_forward_hook(lambda *each: seen.append(each[2])) for tap in (path.readout, path.states)
-    ]
+    handles = [tap.register_forward_hook(lambda *each: seen.append(each[2])) for tap in (path.readout, path.states)]
     untouched, last = run(path, hidden)
     assert not seen, "nobody asked"
     with requested([path.readout, path.states]):

@@ -142,8 +142,9 @@ def test_answers_that_are_certain_either_way_are_no_evidence() -> None:
         )
         for name, values in (("whole", whole), ("without", without))
     }
+    nothing = np.zeros((2, 2))
     deletion = measure.Deletion(
-        {0: np.zeros((2, 1), dtype=np.int64)}, *np.zeros((2, 2, 2)), np.ones((2, 2), bool)
+        {0: np.zeros((2, 1), dtype=np.int64)}, nothing, nothing, np.ones((2, 2), dtype=bool)
     )
     evidence = Evidence(
         (0,),
