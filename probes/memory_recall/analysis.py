@@ -227,8 +227,9 @@ def _deletion(evidence: Evidence, num_resamplings: int, seed: int) -> Draft:
     def say(fixed: Finding) -> str:
         if fixed.is_claimed():
             return (
-                f"Facts can be deleted: masking the {rows} addresses that a question reads most costs its answer "
-                f"{fixed.estimate:.2f} nats more than masking those of another question."
+                f"The {rows} addresses that a question reads most serve its own fact: masking them costs its answer "
+                f"{fixed.estimate:.2f} nats more than masking those of another question, and loses "
+                f"{_percent(effect.estimate)} more of the questions."
             )
         return (
             f"Masking the {rows} addresses that a question reads most is not shown to remove its own fact rather than "
