@@ -1,14 +1,20 @@
 """Edit a fact: write value rows of the product-key memory so that one prompt is answered otherwise, and see what else
 changes.
 
-Shape suffixes: B rows, L positions, H heads, K entries of the top-k, R edited rows, V value width, A tokens
-of the answer.
+In the shipped model (python -m tests.attribution.fact_editing: 20 known facts get the answer of another one, 16 rows
+each) 19 edits are answered as asked and 12 in another phrasing too; of 85 other facts that it knows 99.7% stay, of the
+20 nearest ones (same subject, names that begin alike) 97%; held-out text moves by 0.0005 nats a token. Such an edit
+acts at the subject's name, where the gate is open; a fact whose prompt hardly opens it needs rows several times their
+old length, and holds less often in another phrasing.
+
+Shape suffixes: B rows, L positions, H heads, K entries of the top-k, R edited rows, V value width, A tokens of the
+answer.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hydra_lab.attribution.rows import floats, ints
+from hydra_lab.interventions import EditValue, intervened
 from hydra_lab.locks import model_lock
 from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.nn.memory import MemoryPath
@@ -31,18 +38,18 @@ BATCH_SIZE = 16
 class FactEdit:
     """New value rows of a memory, and what they do to the prompt that they were made for.
 
-    Axes: R edited rows, V value width.
+    Axes: R edited rows, V value width, T tokens of the prompt.
 
     Attributes:
         prompt, answer: what was asked, and what is to follow.
-        previous_answer: what the model said before: its likeliest tokens, as many as the answer has.
+        previous_answer: what the model said before, greedily, as many tokens as the answer has.
         layer: index of the block whose memory is edited.
         addresses: [R] rows, most read first.
         values: [R, V] their new content.
         previous_values: [R, V] what they held.
-        read_weight: [R] weight with which the tokens that predict the answer read each row, summed over them and the
-            heads.
-        beta: the memory's gate, mean over those tokens.
+        tokens: [T] of the prompt.
+        reads: [T, R] weight with which each of them reads each row, summed over the heads, times beta.
+        beta: [T] the memory's gate.
         probability, previous_probability: of the whole answer after the prompt, with the edit and before it.
         achieved: whether every token of the answer is the likeliest with the edit.
         num_steps: steps that the optimiser took.
@@ -55,24 +62,24 @@ class FactEdit:
     addresses: NDArray[np.int64]
     values: NDArray[np.float32]
     previous_values: NDArray[np.float32]
-    read_weight: NDArray[np.float32]
-    beta: float
+    tokens: NDArray[np.int64]
+    reads: NDArray[np.float32]
+    beta: NDArray[np.float32]
     probability: float
     previous_probability: float
     achieved: bool
     num_steps: int
 
+    def interventions(self) -> tuple[EditValue, ...]:
+        """The edit in the vocabulary of `hydra_lab.interventions`, to combine with others or to write to a file."""
+        pairs = zip(self.addresses.tolist(), self.values.tolist(), strict=True)
+        return tuple(EditValue(block=self.layer, address=address, value=value) for address, value in pairs)
+
     @contextmanager
     def applied(self, model: HydraForCausalLM) -> Iterator[None]:
-        """Within the context, `model` holds the new rows. A thread that shares it with others holds its lock."""
-        table = model.model.blocks[self.layer].memory.values.data
-        rows = torch.from_numpy(self.addresses).to(table.device)
-        kept = table[rows].clone()
-        table[rows] = torch.from_numpy(self.values).to(table)
-        try:
+        """Within the context, `model` holds the new rows; afterwards it is what it was."""
+        with intervened(model, *self.interventions()):
             yield
-        finally:
-            table[rows] = kept
 
 
 @dataclass(frozen=True)
@@ -112,10 +119,10 @@ def edit_fact(
     answer: str,
     *,
     layer: int | None = None,
-    num_rows: int = 8,
+    num_rows: int = 16,
     steps: int = 100,
-    learning_rate: float = 0.1,
-    penalty: float = 0.01,
+    learning_rate: float = 0.3,
+    penalty: float = 0.001,
     confidence: float = 0.6,
 ) -> FactEdit:
     """Find new value rows with which `answer` is the likeliest continuation of `prompt`. The model stays as it is.
@@ -124,21 +131,22 @@ def edit_fact(
         with edit.applied(model):
             ...
 
-    The rows are those that the tokens which predict the answer read most. Adam changes them, and nothing else, to lower
-    the answer's negative log-likelihood plus `penalty` times the mean squared relative change of a row.
+    The rows are those that the tokens of the prompt read most, weight times gate: the gate is often open at the
+    subject's name and nearly shut where the answer is predicted. Adam changes them, and nothing else, to lower the
+    answer's negative log-likelihood plus `penalty` times the mean squared relative change of a row.
 
     Args:
         prompt: ends where the answer begins.
         answer: with its leading space, as the model would write it.
         layer: block whose memory is edited; None for the first that has one.
-        num_rows: rows to edit for each token of the answer.
+        num_rows: rows to edit, R.
         steps: most steps of the optimiser.
         learning_rate: in units of the root mean square of the table's values.
         penalty: weight of the change.
         confidence: stop when every token of the answer has this probability.
 
     Raises:
-        ValueError: the model has no memory (in that block), or prompt or answer hold no token.
+        ValueError: the model has no memory (in that block) or it is switched off, or prompt or answer hold no token.
     """
     layer, path = _memory(model, layer)
     prompt_ids, answer_ids = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer))
@@ -146,14 +154,16 @@ def edit_fact(
         raise ValueError(f"prompt and answer need at least one token each, got {prompt!r} and {answer!r}")
     ids = torch.tensor([prompt_ids + answer_ids[:-1]], device=model.device)
     target_A = torch.tensor(answer_ids, device=model.device)
-    with model_lock(model), _weights_frozen(model):
+    with model_lock(model), _weights_frozen(model), torch.enable_grad():
         with _lookups(path) as seen, torch.no_grad():
             before_AV = _predictions(model, ids, len(answer_ids))
-        lookup = _last(seen[0], len(answer_ids))
-        addresses_R, read_R = _most_read(lookup, num_rows)
-        search = _Search(path, addresses_R)
-        previous = before_AV.gather(1, target_A[:, None]).sum().exp()
-        optimizer = torch.optim.Adam([search.change], lr=learning_rate)
+        if not seen:
+            raise ValueError(f"the memory of block {layer} is switched off (set_path_scale)")
+        previous_answer = str(tokenizer.decode(_greedy(model, prompt_ids, len(answer_ids))))
+        prompt_reads = Lookup(*(field[:, : len(prompt_ids)] for field in seen[0]))
+        addresses_R, reads_TR = _most_read(prompt_reads, num_rows)
+        search = _Search(path, addresses_R, reads_TR)
+        optimizer = torch.optim.Adam([search.shift_TV], lr=learning_rate)
         done = 0
         with search.added():
             for done in range(steps + 1):
@@ -168,15 +178,16 @@ def edit_fact(
     return FactEdit(
         prompt=prompt,
         answer=answer,
-        previous_answer=str(tokenizer.decode(before_AV.argmax(dim=-1).tolist())),
+        previous_answer=previous_answer,
         layer=layer,
         addresses=ints(addresses_R),
-        values=floats(search.values()),
-        previous_values=floats(path.values[addresses_R]),
-        read_weight=floats(read_R),
-        beta=float(lookup.gate.mean()),
+        values=floats(search.previous_RV + search.change()),
+        previous_values=floats(search.previous_RV),
+        reads=floats(reads_TR),
+        tokens=ints(ids[0, : len(prompt_ids)]),
+        beta=floats(prompt_reads.gate[0, :, 0]),
         probability=float(log_A.detach().sum().exp()),
-        previous_probability=float(previous),
+        previous_probability=float(before_AV.gather(1, target_A[:, None]).sum().exp()),
         achieved=bool((log_AV.argmax(dim=-1) == target_A).all()),
         num_steps=done,
     )
@@ -224,21 +235,28 @@ def specificity(
 
 
 class _Search:
-    """The change of some rows of a memory, as a parameter that a path adds to what it reads."""
+    """The change of some rows of a memory, as what a path adds to what it reads.
 
-    def __init__(self, path: MemoryPath, addresses_R: Tensor) -> None:
+    The change is `reads^T shift`: a token's shift is shared out over the rows as the token reads them. Of all changes
+    with the same effect on those tokens that is the smallest.
+    """
+
+    def __init__(self, path: MemoryPath, addresses_R: Tensor, reads_TR: Tensor) -> None:
         self.path, self.addresses_R = path, addresses_R
         self.previous_RV = path.values[addresses_R].detach().float()
         self.unit = float(path.values.detach().float().square().mean().sqrt())
-        self.change = torch.zeros_like(self.previous_RV, requires_grad=True)
+        self.share_RT = reads_TR.T / torch.linalg.matrix_norm(reads_TR, 2).square()
+        self.shift_TV = torch.zeros(
+            len(reads_TR), self.previous_RV.shape[1], device=reads_TR.device, requires_grad=True
+        )
 
-    def values(self) -> Tensor:
-        """[R, V] the rows with their change."""
-        return self.previous_RV + self.unit * self.change
+    def change(self) -> Tensor:
+        """[R, V] what is added to each row."""
+        return self.unit * (self.share_RT @ self.shift_TV)
 
     def relative_change(self) -> Tensor:
         """Mean over the rows of the squared length of the change, over that of an ordinary row."""
-        return self.change.square().mean()
+        return (self.change() / self.unit).square().mean()
 
     @contextmanager
     def added(self) -> Iterator[None]:
@@ -246,12 +264,9 @@ class _Search:
 
         def add(_module: Any, _args: Any, update_BLD: Tensor) -> Tensor:
             lookup = seen.pop()
-            found_BLHKR = lookup.addresses[..., None] == self.addresses_R
-            weight_BLR = (found_BLHKR * lookup.weights[..., None]).sum(dim=(2, 3))
-            added_BLV = weight_BLR @ (self.unit * self.change)
-            return update_BLD + self.path.out_proj(added_BLV.to(update_BLD.dtype)) * lookup.gate.to(
-                update_BLD.dtype
-            )
+            added_BLV = _weights_on(lookup, self.addresses_R) @ self.change()
+            added_BLD = self.path.out_proj(added_BLV.to(update_BLD.dtype))
+            return update_BLD + added_BLD * lookup.gate.to(update_BLD.dtype)
 
         with _lookups(self.path) as seen:
             handle = self.path.register_forward_hook(add)
@@ -304,26 +319,27 @@ def _predictions(model: HydraForCausalLM, ids: Tensor, size: int) -> Tensor:
     return F.log_softmax(model(input_ids=ids, use_cache=False, logits_to_keep=size).logits[0].float(), dim=-1)
 
 
-def _last(lookup: Lookup, size: int) -> Lookup:
-    return Lookup(*(field[:, -size:] for field in lookup))
+def _greedy(model: HydraForCausalLM, prompt: Sequence[int], size: int) -> list[int]:
+    """The `size` tokens that the model goes on with."""
+    ids = torch.tensor([list(prompt)], device=model.device)
+    generate = cast(Any, model).generate
+    return generate(ids, max_new_tokens=size, min_new_tokens=size, do_sample=False)[0, len(prompt) :].tolist()
 
 
 def _most_read(lookup: Lookup, num_rows: int) -> tuple[Tensor, Tensor]:
-    """The rows that each of the tokens reads most, all together [R], and the weight that falls on each."""
-    chosen: dict[int, None] = {}
-    for addresses_HK, weights_HK in zip(lookup.addresses[0], lookup.weights[0], strict=True):
-        rows, weight = _summed(addresses_HK, weights_HK)
-        chosen |= dict.fromkeys(rows[weight.argsort(descending=True)[:num_rows]].tolist())
-    rows, weight = _summed(lookup.addresses, lookup.weights)
-    kept = torch.isin(rows, torch.tensor(list(chosen), device=rows.device))
-    order = weight[kept].argsort(descending=True)
-    return rows[kept][order], weight[kept][order]
+    """The rows [R] that the only row of tokens reads most, weight times gate summed over heads and tokens, best first;
+    and how much of each every token reads [T, R]."""
+    scores = (lookup.weights * lookup.gate[..., None]).flatten()
+    rows, index = lookup.addresses.flatten().unique(return_inverse=True)
+    total = scores.new_zeros(len(rows)).index_add(0, index, scores)
+    addresses_R = rows[total.argsort(descending=True)[:num_rows]]
+    return addresses_R, (_weights_on(lookup, addresses_R) * lookup.gate)[0]
 
 
-def _summed(addresses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct addresses, and the sum of the weights of each."""
-    rows, index = addresses.flatten().unique(return_inverse=True)
-    return rows, weights.new_zeros(len(rows)).index_add(0, index, weights.flatten())
+def _weights_on(lookup: Lookup, addresses_R: Tensor) -> Tensor:
+    """[B, L, R] weight with which each token reads each of the addresses, summed over the heads."""
+    found_BLHKR = lookup.addresses[..., None] == addresses_R
+    return (found_BLHKR * lookup.weights[..., None]).sum(dim=(2, 3))
 
 
 def _batches(

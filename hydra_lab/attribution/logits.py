@@ -4,7 +4,7 @@ Shape suffixes: B rows, L positions, D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -151,7 +151,7 @@ def direct_logit_attribution(
     rows = front_rows(model, ids, mask)
     explained_BL = next_tokens(rows) if tokens is None else _targets(model, "tokens", tokens, rows)
     subtracted_BL = None if contrast is None else _targets(model, "contrast", contrast, rows)
-    weight_VD = model.lm_head.weight.float()
+    weight_VD = cast(Tensor, model.lm_head.weight).detach().float()
     direction_BLD = weight_VD[explained_BL.clamp(min=0)]
     if subtracted_BL is not None:
         direction_BLD = direction_BLD - weight_VD[subtracted_BL]

@@ -79,7 +79,7 @@ def ssm_attention(
         mask: [B, L] nonzero where a token is present; None: all.
 
     Raises:
-        ValueError: there is no such block or head, or the ids do not fit the model.
+        ValueError: there is no such block or head, its ssm path is switched off, or the ids do not fit the model.
     """
     num_layers = len(model.model.blocks)
     if not 0 <= layer < num_layers:
@@ -102,6 +102,8 @@ def ssm_attention(
         finally:
             for handle in handles:
                 handle.remove()
+        if not seen:
+            raise ValueError(f"the ssm path of block {layer} is switched off (set_path_scale)")
         decay_BLH, inputs = seen
         size = rows.ids.shape
         matrix = np.empty((size[0], len(chosen), size[1], size[1]), dtype=np.float32)

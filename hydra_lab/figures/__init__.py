@@ -1,9 +1,18 @@
-"""From results to plotly figures: every result of `hydra_lab.metrics` has a figure function of its metric's name.
+"""From results to plotly figures: every result of `hydra_lab.metrics` and `hydra_lab.attribution` has a figure function
+of the name of the function that made it.
 
 Each takes `theme` ("light" or "dark") and, where it shows decisions of a path, `path_use`; none of them shows anything:
 display the `go.Figure` that it returns.
 """
 
+from hydra_lab.figures.attribution import activation_patching as activation_patching
+from hydra_lab.figures.attribution import decision_gradients as decision_gradients
+from hydra_lab.figures.attribution import direct_logit_attribution as direct_logit_attribution
+from hydra_lab.figures.attribution import edit_fact as edit_fact
+from hydra_lab.figures.attribution import logit_lens as logit_lens
+from hydra_lab.figures.attribution import path_patching as path_patching
+from hydra_lab.figures.attribution import specificity as specificity
+from hydra_lab.figures.attribution import ssm_attention as ssm_attention
 from hydra_lab.figures.export import NoBrowserError as NoBrowserError
 from hydra_lab.figures.export import write_html as write_html
 from hydra_lab.figures.export import write_png as write_png

@@ -11,14 +11,12 @@ from hydra_lab.figures.grid import heat_map_grid
 from hydra_lab.figures.theme import (
     DIVERGING,
     MAGNITUDE,
-    SYMBOLS,
     Theme,
     colours,
     counted,
     finish,
     hatching,
     muted_colour,
-    text_colour,
 )
 from hydra_lab.path_use import PathUse
 from hydra_lab.taps import PATHS
@@ -38,7 +36,19 @@ if TYPE_CHECKING:  # figures import no torch
 MOST_TOKENS = 512
 """Positions that a heat map of pairs shows at most: more are no use on a screen."""
 
-_MOST_CELL_LABELS = 24  # columns up to which cells carry text
+_MOST_CELL_LABELS = 24  # columns up to which cells carry a number
+_MOST_WORDS = 12  # columns up to which cells carry a token's text
+_FIELD_AXES = {
+    "moe.routing.logits": "expert",
+    "moe.routing.weights": "rank",
+    "memory.lookup.weights": "head . rank",
+    "memory.lookup.gate": "gate",
+    "workspace.read.address": "slot",
+    "workspace.read.gate": "gate",
+    "workspace.write.address": "slot . token of the chunk",
+    "workspace.write.gate": "slot",
+}
+"""What the axes of a field after the first two count."""
 
 
 def logit_lens(
@@ -54,11 +64,11 @@ def logit_lens(
 
     Args:
         label: the text of a token id.
-        positions: tokens to show; None for the first 24.
+        positions: tokens to show; None for the first 12.
         colour: "kl": how far the depth's distribution is from the final one; "probability": of its likeliest token.
     """
     length = _length(result.length, sample)
-    shown = range(min(length, _MOST_CELL_LABELS)) if positions is None else positions
+    shown = range(min(length, _MOST_WORDS)) if positions is None else positions
     columns = list(shown)
     if not columns or columns[0] < 0 or columns[-1] >= length:
         raise ValueError(f"positions {shown} are not among the {length} tokens of sample {sample}")
@@ -66,7 +76,7 @@ def logit_lens(
     probability = result.probability[:, sample][:, columns, 0]
     kl = result.kl[:, sample][:, columns]
     rank = result.actual_rank[:, sample][:, columns]
-    texts = np.array([[_visible(label(int(token))) for token in row] for row in guess])
+    texts = np.array([[_visible(label(int(token)))[:10] for token in row] for row in guess])
     right = rank == 1
     custom = np.empty((*guess.shape, 5), dtype=object)
     custom[..., 0], custom[..., 1], custom[..., 2] = texts, 100 * probability, kl
@@ -79,11 +89,14 @@ def logit_lens(
             x=list(range(len(columns))),
             y=list(result.depths),
             text=np.where(right, np.char.add("✓ ", texts), texts),
-            texttemplate="%{text}" if len(columns) <= _MOST_CELL_LABELS else None,
+            texttemplate="%{text}" if len(columns) <= _MOST_WORDS else None,
+            textfont={"size": 11},
             customdata=custom,
             colorscale=f"{MAGNITUDE}_r" if by_kl else MAGNITUDE,
             zmin=0,
-            zmax=None if by_kl else 100,
+            zmax=max(float(np.nanmax(kl[1:])), 1e-6)
+            if by_kl
+            else 100,  # the embedding alone is far from all others
             colorbar={
                 "title": {"text": "KL to the<br>end (nats)" if by_kl else "probability<br>(%)", "side": "top"}
             },
@@ -97,8 +110,9 @@ def logit_lens(
         title_text="token that was read",
         tickvals=list(range(len(columns))),
         ticktext=[f"{_visible(label(int(token)))}" for token in result.ids[sample, columns]],
-        tickangle=-60 if len(columns) > 8 else 0,
+        tickangle=-60 if len(columns) > _MOST_WORDS else 0,
         showgrid=False,
+        zeroline=False,
     )
     figure.update_yaxes(title_text="", showgrid=False)
     known = result.actual_rank[:, sample, :length]
@@ -233,13 +247,12 @@ def ssm_attention(
         colour_range=(-top, top) if signed else (0.0, top),
         colour_scale=DIVERGING if signed else MAGNITUDE,
         hover="token %{y} reads token %{x}: %{z:.3g}",
-        cell_height=max(1, min(26, 300 // max(1, length // 1))) if length > 12 else 26,
+        cell_height=min(26, max(1, 300 // length)),
     )
     ticks = _ticks(length)
-    figure.update_yaxes(type="linear", autorange="reversed")
-    text = [str(t) for t in ticks] if labels is None else [_visible(labels[t]) for t in ticks]
-    figure.update_xaxes(tickvals=ticks, ticktext=text)
-    figure.update_yaxes(tickvals=ticks, ticktext=text)
+    text = [str(t) if labels is None else f"{_visible(labels[t])} {t}" for t in ticks]
+    figure.update_xaxes(tickvals=ticks, tickangle=0, zeroline=False)
+    figure.update_yaxes(type="linear", autorange="reversed", tickvals=ticks, ticktext=text, zeroline=False)
     return finish(
         figure,
         title=f"Effective attention of the ssm path, block {result.layer}",
@@ -249,7 +262,7 @@ def ssm_attention(
         path="ssm",
         layer=result.layer,
         path_use=path_use,
-        height=max(height, 380),
+        height=height,
     )
 
 
@@ -349,7 +362,7 @@ def decision_gradients(
         go.Heatmap(
             z=values.T,
             x=list(range(rows)),
-            y=[str(column) for column in range(values.shape[1])],
+            y=[".".join(map(str, entry)) for entry in np.ndindex(*effect.shape[2:])],
             zmin=-top,
             zmax=top,
             colorscale=DIVERGING,
@@ -362,10 +375,9 @@ def decision_gradients(
     figure.update_xaxes(
         title_text="token (position)" if per_token else "chunk", tickvals=ticks, ticktext=text, showgrid=False
     )
-    figure.update_yaxes(
-        title_text="entry of the field", type="category", autorange="reversed", showgrid=False
-    )
     _, layer, path, *_ = name.split(".")
+    entry = _FIELD_AXES[name.split(".", 2)[2]]
+    figure.update_yaxes(title_text=entry, type="category", autorange="reversed", showgrid=False)
     unit = "token" if per_token else "chunk"
     return finish(
         figure,
@@ -380,53 +392,54 @@ def decision_gradients(
     )
 
 
-def edit_fact(result: "FactEdit", *, path_use: PathUse | None = None, theme: Theme = "light") -> go.Figure:
-    """How far each edited row moved, and how much the predicting tokens read it."""
-    moved = np.linalg.norm(result.values - result.previous_values, axis=1)
-    moved = moved / np.linalg.norm(result.previous_values, axis=1)
-    main, second = colours(2, theme)
-    rows = [f"row {address}" for address in result.addresses]
+def edit_fact(
+    result: "FactEdit",
+    label: Callable[[int], str],
+    *,
+    path_use: PathUse | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Which tokens of the prompt read which of the edited rows, and how far each row moved.
+
+    Args:
+        label: the text of a token id.
+    """
+    before = np.linalg.norm(result.previous_values, axis=1)
+    moved = np.linalg.norm(result.values - result.previous_values, axis=1) / before
+    tokens = [_visible(label(int(token))) for token in result.tokens]
     figure = go.Figure(
-        [
-            go.Bar(
-                x=moved,
-                y=rows,
-                orientation="h",
-                name="change, in lengths of the old row",
-                marker={"color": main},
-                hovertemplate="%{y}: moved by %{x:.2f} of its length<extra></extra>",
-            ),
-            go.Scatter(
-                x=result.read_weight,
-                y=rows,
-                mode="markers",
-                name="read weight, summed",
-                marker={
-                    "color": second,
-                    "symbol": SYMBOLS[2],
-                    "size": 11,
-                    "line": {"color": text_colour(theme), "width": 1},
-                },
-                hovertemplate="%{y}: read with weight %{x:.2f}<extra></extra>",
-            ),
-        ]
+        go.Heatmap(
+            z=result.reads.T,
+            x=list(range(len(tokens))),
+            y=[f"row {row}, moved {by:.1f}×" for row, by in zip(result.addresses, moved, strict=True)],
+            zmin=0,
+            colorscale=MAGNITUDE,
+            colorbar={"title": {"text": "weight<br>× beta", "side": "top"}},
+            hovertemplate="token %{x} reads %{y}: %{z:.3f}<extra></extra>",
+            xgap=1,
+            ygap=1,
+        )
     )
-    figure.update_xaxes(title_text="relative change; read weight", rangemode="tozero")
+    ticks = [f"{token}<br>β {beta:.2f}" for token, beta in zip(tokens, result.beta, strict=True)]
+    figure.update_xaxes(
+        title_text="token of the prompt, and its memory gate", tickvals=list(range(len(tokens))), ticktext=ticks,
+        tickangle=0, showgrid=False,
+    )  # fmt: skip
     figure.update_yaxes(title_text="", type="category", autorange="reversed", showgrid=False)
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.24, "yanchor": "top"})
     state = "" if result.achieved else "NOT ACHIEVED. "
+    chance = f"{100 * result.previous_probability:.2g}% → {100 * result.probability:.2g}%"
     return finish(
         figure,
         title=f"A fact edited in the memory of block {result.layer}",
-        subtitle=f"{state}{_visible(result.prompt)} → {_visible(result.answer)} "
-        f"(was {_visible(result.previous_answer)}): probability {100 * result.previous_probability:.2g}% → {100 * result.probability:.2g}%<br>"
-        f"{counted(len(rows), 'row')} edited in {counted(result.num_steps, 'step')}; mean beta of the predicting "
-        f"tokens {result.beta:.2f} (one prompt, n = 1 sample)",
+        subtitle=f"{state}{_visible(result.prompt)} → {_visible(result.answer)}, with probability {chance} (was "
+        f"{_visible(result.previous_answer)})<br>{counted(len(result.addresses), 'row')} edited in "
+        f"{counted(result.num_steps, 'step')}, moved in lengths of the old row; one prompt of "
+        f"{counted(len(tokens), 'token')}",
         theme=theme,
         path="memory",
         layer=result.layer,
         path_use=path_use,
-        height=140 + 26 * len(rows),
+        height=150 + 22 * len(result.addresses),
     )
 
 
@@ -450,11 +463,11 @@ def specificity(result: "FactSpecificity", *, theme: Theme = "light") -> go.Figu
             orientation="h",
             marker={"color": colours(1, theme)[0]},
             text=[f"{share:.3g}% ({detail})" for _, share, detail in known],
-            textposition="auto",
+            textposition="outside",
             hovertemplate="%{y}: %{x:.2f}%<extra></extra>",
         )
     )
-    figure.update_xaxes(title_text="share (%)", range=[0, 100])
+    figure.update_xaxes(title_text="share (%)", range=[0, 140], tickvals=list(range(0, 101, 20)))
     figure.update_yaxes(title_text="", autorange="reversed", showgrid=False)
     kl = (
         ""
@@ -502,7 +515,7 @@ def _add_recovery_map(
             zmax=top,
             colorscale=DIVERGING,
             colorbar={"title": {"text": "recovered<br>(%)", "side": "top"}},
-            text=np.where(np.isnan(recovery), "", np.char.mod("%.0f", np.nan_to_num(recovery))),
+            text=np.where(np.isnan(recovery), "", np.char.mod("%.0f", np.nan_to_num(recovery).round() + 0.0)),
             texttemplate="%{text}" if len(columns) <= _MOST_CELL_LABELS else None,
             customdata=np.tile(np.array(columns, dtype=object), (len(rows), 1)),
             hovertemplate=where.replace("%{x}", "%{customdata}") + ": %{z:.1f}%<extra></extra>",
@@ -511,7 +524,9 @@ def _add_recovery_map(
             ygap=1,
         )
     )
-    figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=list(columns), showgrid=False)
+    figure.update_xaxes(
+        tickvals=list(range(len(columns))), ticktext=list(columns), showgrid=False, zeroline=False
+    )
     figure.update_yaxes(type="category", showgrid=False)
 
 

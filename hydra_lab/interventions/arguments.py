@@ -7,7 +7,6 @@ text. What it raises finishes the sentence "<argument> ...". A field of an inter
 
 import reprlib
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Annotated, Any, get_args, get_origin
 
 import numpy as np
@@ -22,7 +21,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 def index(value: Any) -> int:
     """Number of an expert, slot, address, head, block or token."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         raise ValueError(f"must be a whole number from 0 up, got {reprlib.repr(value)}")
     return int(value)
 
@@ -52,7 +51,7 @@ def number(least: float = -LARGEST, most: float = LARGEST) -> Reader:
     """A number in `least` .. `most`."""
 
     def read(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
             raise ValueError(f"must be a number, got {reprlib.repr(value)}")
         if not least <= value <= most:  # NaN lies nowhere
             raise ValueError(f"must be a number from {least:g} to {most:g}, got {reprlib.repr(value)}")

@@ -3,7 +3,7 @@
 Shape suffixes: B rows, L positions of the piece, C its chunks, K experts of a chunk, R rows of a table.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
@@ -75,7 +75,7 @@ class ForceExperts(Intervention):
             raise self.wrong("give either expert or experts, and at least one of them")
 
     @property
-    def chosen(self) -> tuple[int, ...]:
+    def chosen(self) -> Sequence[int]:
         """The experts, one or several."""
         return (self.experts or ()) if self.expert is None else (self.expert,)
 
@@ -152,7 +152,7 @@ class TemperRouting(Intervention):
             yield
 
 
-def _check_experts(change: Intervention, experts: tuple[int, ...], config: HydraConfig) -> None:
+def _check_experts(change: Intervention, experts: Sequence[int], config: HydraConfig) -> None:
     change.check_below("expert", experts, config.moe_num_experts)
     if len(experts) > config.moe_top_k:
         raise change.wrong(
@@ -161,7 +161,7 @@ def _check_experts(change: Intervention, experts: tuple[int, ...], config: Hydra
 
 
 def _rerouted(
-    decision: Routing, rows: tuple[tuple[int, ...], ...], row_BC: Tensor, path: MoEPath, passage: Passage
+    decision: Routing, rows: Sequence[Sequence[int]], row_BC: Tensor, path: MoEPath, passage: Passage
 ) -> Routing:
     """The decision with the experts of row `row_BC` of a table in each chunk; an empty row leaves the chunk alone."""
     size, device = decision.experts.shape[-1], decision.experts.device

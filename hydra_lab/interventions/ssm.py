@@ -105,13 +105,13 @@ class ScaleDecay(Intervention):
         # `A_log` is shadowed during the path's own pass alone: the weights are never touched.
         path = model.model.blocks[block].ssm
 
-        def shadow(path: nn.Module, _inputs: Any) -> None:
-            A_H: Tensor = path.A_log.float()
+        def shadow(_path: nn.Module, _inputs: Any) -> None:
+            A_H = path.A_log.float()
             is_head_H = torch.arange(A_H.shape[0], device=A_H.device) == self.head
             log_factor = torch.tensor(self.factor, dtype=torch.float32, device=A_H.device).log()
             vars(path)["A_log"] = torch.where(is_head_H, A_H + log_factor, A_H)
 
-        def uncover(path: nn.Module, _inputs: Any, _output: Any) -> None:
+        def uncover(_path: nn.Module, _inputs: Any, _output: Any) -> None:
             vars(path).pop("A_log", None)
 
         handles = [

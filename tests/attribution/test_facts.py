@@ -1,6 +1,9 @@
 """Editing a fact: what is written, what it does, and what it leaves alone."""
 
-from typing import Any
+import json
+import subprocess
+import sys
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 import hydra_lab
 from hydra_lab.attribution import FactEdit, edit_fact, specificity
+from hydra_lab.interventions import from_dict, intervened
 from tests.attribution.hooks import num_hooks
 from tests.helpers import lively_model
 
@@ -40,7 +44,7 @@ def answer_probability(model: Any, prompt: str, answer: str) -> float:
     with torch.no_grad():
         log = model(ids, use_cache=False).logits[0].log_softmax(-1)
     size = len(answer)
-    return float(sum(log[-size - 1 + k, ids[0, -size + k]] for k in range(size)).exp())
+    return float(torch.stack([log[-size - 1 + k, ids[0, -size + k]] for k in range(size)]).sum().exp())
 
 
 def test_the_edited_model_answers_as_asked_and_is_the_old_one_afterwards(model: Any, edit: FactEdit) -> None:
@@ -56,24 +60,34 @@ def test_the_edited_model_answers_as_asked_and_is_the_old_one_afterwards(model: 
     assert all(p.requires_grad and p.grad is None for p in model.parameters()) and num_hooks(model) == 0
 
 
-def test_the_rows_are_those_that_the_predicting_tokens_read_most(model: Any, edit: FactEdit) -> None:
-    ids = torch.tensor([Letters().encode(PROMPT + ANSWER[:-1])])
+def test_the_edit_is_made_of_interventions(model: Any, edit: FactEdit) -> None:
+    again = [from_dict(json.loads(json.dumps(change.to_dict()))) for change in edit.interventions()]
+    with edit.applied(model):
+        table = model.model.layers[2].memory.values.detach().clone()
+    with intervened(model, *again):
+        assert torch.equal(model.model.layers[2].memory.values, table)
+    np.testing.assert_array_equal(table[edit.addresses], edit.values)
+
+
+def test_the_rows_are_those_that_the_prompt_reads_most(model: Any, edit: FactEdit) -> None:
+    ids = torch.tensor([Letters().encode(PROMPT)])
     lookup = hydra_lab.record(model, ids, taps="memory.lookup")["layers.2.memory.lookup"]
-    best: set[int] = set()
-    total = np.zeros(64)
-    for position in (-2, -1):
-        weight = np.zeros(64)
-        np.add.at(
-            weight,
-            lookup.addresses[0, position].flatten().numpy(),
-            lookup.weights[0, position].flatten().numpy(),
-        )
-        best |= set(np.argsort(-weight)[: min(8, int((weight > 0).sum()))].tolist())
-        total += weight
-    assert set(edit.addresses.tolist()) == best
-    np.testing.assert_allclose(edit.read_weight, total[edit.addresses], rtol=1e-5)
-    assert (np.diff(edit.read_weight) <= 0).all()
-    assert edit.beta == pytest.approx(float(lookup.gate[0, -2:].mean()), rel=1e-5)
+    reads = np.zeros((len(PROMPT), 64))
+    for position, gate in enumerate(lookup.gate[0, :, 0].tolist()):
+        addresses, weights = lookup.addresses[0, position].flatten(), lookup.weights[0, position].flatten()
+        np.add.at(reads[position], addresses.numpy(), gate * weights.numpy())
+    assert edit.addresses.tolist() == np.argsort(-reads.sum(axis=0))[:8].tolist()
+    np.testing.assert_allclose(edit.reads, reads[:, edit.addresses], rtol=1e-5)
+    np.testing.assert_allclose(edit.beta, lookup.gate[0, :, 0], rtol=1e-5)
+    assert edit.tokens.tolist() == ids[0].tolist()
+
+
+def test_the_change_is_the_smallest_with_its_effect(edit: FactEdit) -> None:
+    """No part of the change lies in directions that the prompt's reads do not see."""
+    change = edit.values - edit.previous_values
+    seen = edit.reads.T @ np.linalg.pinv(edit.reads.T)
+    np.testing.assert_allclose(seen @ change, change, atol=1e-4 * np.abs(change).max())
+    assert np.abs(change).max() > 0
 
 
 def test_specificity_counts_what_changed(model: Any, edit: FactEdit) -> None:
@@ -132,10 +146,12 @@ def test_text_that_reads_no_edited_row_is_untouched() -> None:
 def test_a_fact_of_the_shipped_model_in_one_line() -> None:
     model, tokenizer = hydra_lab.load("demo")
     edit = edit_fact(model, tokenizer, "Q: country of Osaka? A:", " Kenya")
-    assert edit.previous_answer == " Japan" and edit.achieved and edit.layer == 3
+    assert edit.previous_answer.startswith(" Japan") and edit.achieved and edit.layer == 3
     with edit.applied(model):
         ids = torch.tensor([tokenizer.encode("Q: country of Osaka? A:", add_special_tokens=False)])
-        written = model.generate(ids, max_new_tokens=len(tokenizer.encode(" Kenya")), do_sample=False)
+        written = cast(Any, model).generate(
+            ids, max_new_tokens=len(tokenizer.encode(" Kenya")), do_sample=False
+        )
     assert tokenizer.decode(written[0, ids.shape[1] :]) == " Kenya"
 
 
@@ -147,3 +163,15 @@ def test_what_cannot_be_edited_is_refused(model: Any) -> None:
         edit_fact(model, tokens, PROMPT, "")
     with pytest.raises(ValueError, match="this model has no memory to edit"):
         edit_fact(lively_model(memory_layers=[]), tokens, PROMPT, ANSWER)
+    silent = lively_model()
+    silent.set_path_scale("memory", 0.0)
+    with pytest.raises(ValueError, match="the memory of block 2 is switched off"):
+        edit_fact(silent, tokens, PROMPT, ANSWER)
+
+
+def test_attribution_needs_nothing_of_the_lab() -> None:
+    code = (
+        "import sys, hydra_lab.attribution; print(*{'plotly', 'xarray', 'zarr', 'nnsight'} & {*sys.modules})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""

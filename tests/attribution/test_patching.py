@@ -74,8 +74,10 @@ def test_a_position_of_a_site_is_the_same_patch_by_hand(model: Any, texts: tuple
     assert moved[0, 0].max() > 1e-2 and moved[2, 2].max() < 1e-4  # token 2 is the same in both texts
 
 
-@pytest.mark.parametrize("tap", ["layers.2.moe.routing", "layers.2.memory.lookup", "layers.1.workspace.write",
-                                 "layers.1.attention.selection"])  # fmt: skip
+@pytest.mark.parametrize(
+    "tap",
+    ["layers.2.moe.routing", "layers.2.memory.lookup", "layers.1.workspace.write", "layers.1.workspace.read"],
+)
 def test_a_decision_is_replaced_whole(model: Any, texts: tuple[Tensor, Tensor], tap: str) -> None:
     clean, corrupted = texts
     decision = record(model, clean, taps=tap)[tap]

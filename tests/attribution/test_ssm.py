@@ -28,7 +28,7 @@ def scan_outputs(model: Any, layer: int, ids: Tensor, mask: Tensor | None = None
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("layer", [0, 3])
 def test_m_x_and_d_x_rebuild_the_output(groups: int, layer: int) -> None:
-    model = lively_model(seed=2, ssm_num_groups=groups)
+    model: Any = lively_model(seed=2, ssm_num_groups=groups)
     with torch.no_grad():
         model.model.layers[layer].ssm.D.uniform_(-1, 1)
         model.model.layers[layer].ssm.dt_bias.uniform_(-2, 1)  # decays that show within a few tokens
@@ -79,7 +79,7 @@ def test_views_and_chosen_heads() -> None:
 
 
 def test_a_decay_that_a_hook_writes_is_in_the_matrix() -> None:
-    model = lively_model(seed=2)
+    model: Any = lively_model(seed=2)
     ids = random_ids(model.config, 1, 12)
     tap = model.model.layers[1].ssm.state
 
@@ -105,3 +105,6 @@ def test_what_is_not_there_is_refused() -> None:
         ssm_attention(model, ids, 4)
     with pytest.raises(ValueError, match=r"heads \[4\] are not among the heads 0 to 3"):
         ssm_attention(model, ids, 0, heads=[1, 4])
+    model.set_path_scale("ssm", 0.0)
+    with pytest.raises(ValueError, match="the ssm path of block 1 is switched off"):
+        ssm_attention(model, ids, 1)

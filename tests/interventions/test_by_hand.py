@@ -340,7 +340,8 @@ def test_a_captured_state_stands_in_for_its_run(model: HydraForCausalLM, ids: Te
         logits_of(model, mixed)
     own_run, patched, untouched = (update[:, 16:] for update in added)
     torch.testing.assert_close(patched, own_run, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(untouched, own_run, rtol=1e-2, atol=1e-3)
+    # their last three tokens are the same, so the two runs are not far from each other to begin with
+    assert (untouched - own_run).abs().max() > 50 * (patched - own_run).abs().max()
 
 
 @pytest.mark.parametrize(

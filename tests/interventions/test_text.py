@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -140,7 +140,7 @@ def test_how_a_text_may_be_written() -> None:
         "ssm[0].patch(position=7, state=[[1.0]])"
     )
     assert str(parse("moe[0].ablate(expert=2, renormalize=true)")[0]) == "moe[0].ablate(expert=2)"
-    assert ForceExperts(block=0, expert=np.int64(2)) == ForceExperts(block=0, expert=2)
+    assert ForceExperts(block=0, expert=cast(Any, np.int64(2))) == ForceExperts(block=0, expert=2)
 
 
 WRONG_TEXT: dict[str, str] = {
