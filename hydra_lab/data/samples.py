@@ -39,6 +39,16 @@ class Samples:
         domains = tuple(self.domains[row] for row in rows)
         return Samples(self.tokens[rows], self.scored[rows], self.length[rows], domains)
 
+    def first_of_each(self, num_samples: int) -> "Samples":
+        """The first `num_samples` rows of every domain."""
+        seen: dict[str, int] = {}
+        rows: list[int] = []
+        for row, domain in enumerate(self.domains):
+            seen[domain] = seen.get(domain, 0) + 1
+            if seen[domain] <= num_samples:
+                rows.append(row)
+        return self.take(rows)
+
 
 def samples_from_texts(
     texts_by_domain: Mapping[str, Iterable[str | Document]],
@@ -71,6 +81,21 @@ def samples_from_texts(
         if texts
     }
     return _samples(packed, num_tokens, num_samples)
+
+
+def samples_from_tokens(rows: Sequence[Sequence[int]], domain: str = "") -> Samples:
+    """Rows of token ids as they are, all of one domain and all scored.
+
+    Raises:
+        ValueError: there is no row, or one of them is empty.
+    """
+    if not rows or not all(len(row) for row in rows):
+        raise ValueError("every row needs at least one token, and there must be one row")
+    length = np.array([len(row) for row in rows], dtype=np.int64)
+    inside = np.arange(length.max()) < length[:, None]
+    tokens = np.zeros(inside.shape, dtype=np.int64)
+    tokens[inside] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    return Samples(tokens, inside, length, (domain,) * len(rows))
 
 
 def samples_from_corpus(

@@ -54,6 +54,10 @@ from hydra_lab.metrics.memory_counts import LookupCounts as LookupCounts
 from hydra_lab.metrics.memory_counts import LookupRecord as LookupRecord
 from hydra_lab.metrics.overlap import AddressOverlap as AddressOverlap
 from hydra_lab.metrics.overlap import address_overlap as address_overlap
+from hydra_lab.metrics.paired import PairingTest as PairingTest
+from hydra_lab.metrics.paired import mcnemar_p_value as mcnemar_p_value
+from hydra_lab.metrics.paired import pairing_test as pairing_test
+from hydra_lab.metrics.paired import sign_flip_p_value as sign_flip_p_value
 from hydra_lab.metrics.records import CaptureLike as CaptureLike
 from hydra_lab.metrics.records import SummarizedCapture as SummarizedCapture
 from hydra_lab.metrics.records import captured_path_use as captured_path_use

@@ -8,7 +8,7 @@ import pytest
 from hydra_lab.data.document import Document
 from hydra_lab.data.domains import DOMAINS
 from hydra_lab.data.packing import PackedTokens
-from hydra_lab.data.samples import samples_from_corpus, samples_from_texts
+from hydra_lab.data.samples import Samples, samples_from_corpus, samples_from_texts, samples_from_tokens
 from hydra_lab.data.tokenizer import train_tokenizer
 
 
@@ -49,3 +49,20 @@ def test_held_out_rows_of_a_corpus(tmp_path: Path) -> None:
         samples.tokens[:2], [[0, 1, 2], [5, 0, 0]]
     )  # the second document was cut off
     np.testing.assert_array_equal(samples.length[:2], [3, 1])
+
+
+def test_rows_of_token_ids_as_they_are() -> None:
+    samples = samples_from_tokens([(7, 8, 9), (5,)], domain="asked")
+    np.testing.assert_array_equal(samples.tokens, [[7, 8, 9], [5, 0, 0]])
+    np.testing.assert_array_equal(samples.length, [3, 1])
+    np.testing.assert_array_equal(samples.scored, [[True] * 3, [True, False, False]])
+    assert samples.domains == ("asked", "asked")
+    for rows in ([], [(1,), ()]):
+        with pytest.raises(ValueError, match="at least one token"):
+            samples_from_tokens(rows)
+
+
+def test_first_rows_of_each_domain() -> None:
+    rows = samples_from_tokens([(1,), (2,), (3,), (4,)])
+    samples = Samples(rows.tokens, rows.scored, rows.length, ("a", "b", "a", "a"))
+    assert samples.first_of_each(2).tokens[:, 0].tolist() == [1, 2, 3]
