@@ -273,7 +273,7 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
     def cut(self, path: str, layers: Iterable[int] | None = None) -> Iterator[None]:
         """Within the context, `path` adds nothing to the residual stream of `layers` (default: every block).
 
-        Its decisions are still made and can be read.
+        Its decisions are still made and can be read. `hydra_lab.interventions` knows more changes.
 
         Raises:
             ValueError: if there is no such path, or one of `layers` does not have it.
@@ -285,7 +285,9 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
         if missing:
             raise ValueError(f"blocks {missing} have no {path} path; blocks {present} have it")
         handles = [
-            self.model.blocks[index].contributions[path].register_forward_hook(_silence) for index in chosen
+            # before the identity, not after it, so that nnsight sees it too
+            self.model.blocks[index].contributions[path].register_forward_pre_hook(_silence)
+            for index in chosen
         ]
         try:
             yield
@@ -294,8 +296,8 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
                 handle.remove()
 
 
-def _silence(_module: nn.Module, _args: Any, update: Tensor) -> Tensor:
-    return torch.zeros_like(update)
+def _silence(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return torch.zeros_like(inputs[0])
 
 
 def _check_path(path: str) -> None:

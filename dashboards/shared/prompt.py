@@ -1,7 +1,5 @@
 """One prompt through the model, as it is and with one thing changed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 
 from dashboards.shared.sources import LoadedModel
 from hydra_lab.capture.in_memory import InMemoryCapture, capture_batch
-from hydra_lab.interventions import ablate_expert, force_expert
+from hydra_lab.interventions import AblateExpert, CutPath, ForceExperts, Intervention, intervened
 from hydra_lab.locks import model_lock
 from hydra_lab.metrics.text import NextTokens
 
@@ -49,19 +47,17 @@ class Change:
         verb = {"ablate": "Without expert", "force": "Only expert"}[self.kind]
         return f"{verb} {self.expert} in block {self.layer}"
 
-    @contextmanager
-    def on(self, model: Any) -> Iterator[None]:
-        """Within the context the model is changed; hold its lock."""
+    @property
+    def interventions(self) -> tuple[Intervention, ...]:
+        """What to run the model with."""
         if self.kind == "none":
-            yield
-        elif self.kind == "cut":
+            return ()
+        if self.kind == "cut":
             assert self.path is not None
-            with model.cut(self.path, None if self.layer is None else [self.layer]):
-                yield
-        else:
-            assert self.layer is not None and self.expert is not None
-            with {"ablate": ablate_expert, "force": force_expert}[self.kind](model, self.layer, self.expert):
-                yield
+            return (CutPath(path=self.path, block="*" if self.layer is None else self.layer),)
+        assert self.layer is not None and self.expert is not None
+        kind = {"ablate": AblateExpert, "force": ForceExperts}[self.kind]
+        return (kind(block=self.layer, expert=self.expert),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +154,7 @@ def _trace(weights_hash: str, ids: tuple[int, ...], change: Change, _loaded: Loa
     model = _loaded.model
     input_ids = torch.tensor([ids])
     with model_lock(model), torch.no_grad():
-        with change.on(model):
+        with intervened(model, *change.interventions):
             capture = capture_batch(model, input_ids)
             log_probability = _log_probabilities(model, input_ids)
         untouched = log_probability if change.kind == "none" else _log_probabilities(model, input_ids)

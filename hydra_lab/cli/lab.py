@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from hydra_lab.cli.rules import BadInput, checkout, load_model, print_json, require, without_progress_bars
+from hydra_lab.cli.rules import (
+    BadInput,
+    Intervene,
+    InterveneFile,
+    checkout,
+    interventions,
+    load_model,
+    print_json,
+    require,
+    without_progress_bars,
+)
 
 commands = typer.Typer()
 
@@ -29,6 +39,8 @@ def capture(
         list[str] | None, typer.Option(help="Group of decisions to keep; may be repeated. (default: all)")
     ] = None,
     limit_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.")] = None,
+    intervene: Intervene = None,
+    intervene_file: InterveneFile = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last committed batch.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
@@ -36,23 +48,26 @@ def capture(
     require("xarray", "zarr")
     from hydra_lab.capture import capture_files
     from hydra_lab.capture.sources import find_sources
+    from hydra_lab.interventions import intervened
 
     if out.exists() and not resume:
         raise BadInput(f"{out} exists already; --resume goes on with it, another --out starts anew")
     find_sources(files)  # a mistyped name should not have to wait for the model
+    changes = interventions(intervene, intervene_file)
     loaded, tokenizer = load_model(model)
-    result = capture_files(
-        loaded,
-        tokenizer,
-        files,
-        out,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        signals=signal or None,
-        resume=resume,
-        limit_tokens=limit_tokens,
-        progress=not as_json,
-    )
+    with intervened(loaded, *changes):
+        result = capture_files(
+            loaded,
+            tokenizer,
+            files,
+            out,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            signals=signal or None,
+            resume=resume,
+            limit_tokens=limit_tokens,
+            progress=not as_json,
+        )
     summary = {
         "capture": str(out),
         "samples": int(result.attributes["committed"]),

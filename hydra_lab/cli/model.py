@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from hydra_lab.cli.rules import BadInput, count, load_model, print_json, print_table, say
+from hydra_lab.cli.rules import (
+    BadInput,
+    Intervene,
+    InterveneFile,
+    count,
+    interventions,
+    load_model,
+    print_json,
+    print_table,
+    say,
+)
 
 if TYPE_CHECKING:
     from hydra_lab.accounting import Accounting
@@ -100,16 +110,25 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample within this mass.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    intervene: Intervene = None,
+    intervene_file: InterveneFile = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt; the text appears as it is made."""
+    """Continue a prompt; the text appears as it is made.
+
+    With --intervene a changed model does: hydra-lab generate demo 'Once' --intervene 'moe[0].ablate(expert=2)'. The
+    changes that there are: python -c 'import hydra_lab.interventions as i; help(i)'.
+    """
     import torch
     from transformers import TextStreamer, set_seed
+
+    from hydra_lab.interventions import intervened
 
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise BadInput("--top-k and --top-p sample: give a --temperature above 0 too")
     if not prompt:
         raise BadInput("the prompt is empty")
+    changes = interventions(intervene, intervene_file)
     loaded: Any  # transformers types `generate` for its own classes only
     loaded, tokenizer = load_model(model)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
@@ -121,10 +140,10 @@ def generate(
             "top_k": top_k or 0,
             "top_p": 1.0 if top_p is None else top_p,
         }
-    if not as_json:
-        print(prompt, end="", flush=True)
-        sampling["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.no_grad():
+    with intervened(loaded, *changes), torch.no_grad():
+        if not as_json:
+            print(prompt, end="", flush=True)
+            sampling["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = loaded.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -134,7 +153,16 @@ def generate(
     new = output[0, inputs["input_ids"].shape[1] :].tolist()
     if as_json:
         text = tokenizer.decode(new, skip_special_tokens=True)
-        print_json({"model": model, "prompt": prompt, "text": text, "tokens": new, "seed": seed})
+        print_json(
+            {
+                "model": model,
+                "prompt": prompt,
+                "interventions": [str(change) for change in changes],
+                "text": text,
+                "tokens": new,
+                "seed": seed,
+            }
+        )
 
 
 @commands.command(epilog="Example: hydra-lab info demo --json")

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hydra_lab.interventions import Intervention
     from hydra_lab.modeling import HydraForCausalLM
 
 BAD_INPUT = 2
@@ -48,6 +49,19 @@ EXTRA_OF = {
     "zarr": "lab",
 }
 """Which extra of hydra-lab brings a module that a command may miss."""
+
+
+Intervene = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CHANGE",
+        help="Change the model, such as 'moe[0].ablate(expert=2)' or 'memory[*].cut()'; may be repeated.",
+    ),
+]
+InterveneFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.json", help="Changes as a JSON list; they come before --intervene."),
+]
 
 
 class BadInput(ValueError):
@@ -163,6 +177,18 @@ def load_model(name: str) -> "tuple[HydraForCausalLM, PreTrainedTokenizerBase]":
 
     without_progress_bars()
     return hydra_lab.load(name)
+
+
+def interventions(texts: Sequence[str] | None, file: Path | None) -> "tuple[Intervention, ...]":
+    """What `--intervene-file` and `--intervene` ask for, in this order.
+
+    Raises:
+        ValueError: a change is not in the vocabulary, or the file holds something else.
+    """
+    from hydra_lab.interventions import load_interventions, parse
+
+    listed = () if file is None else load_interventions(file)
+    return (*listed, *(change for text in texts or () for change in parse(text)))
 
 
 def without_progress_bars() -> None:

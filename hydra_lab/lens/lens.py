@@ -102,7 +102,8 @@ class HydraLens(NNsight):
 
     nnsight is not thread-safe. Traces take the model's lock (`hydra_lab.locks.model_lock`), as `capture.record` does;
     a thread that calls the model itself while others trace it must take the lock too. Torch forward hooks on a tap
-    run after the lens has seen it.
+    run after the lens has seen it; interventions (`hydra_lab.interventions`) come before, so a trace shows what they
+    made of a decision, and what it writes is the last word.
 
     Attributes:
         tokenizer: turns text into ids; not needed where ids are given.

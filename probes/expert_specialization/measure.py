@@ -2,8 +2,7 @@
 routers."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,10 +13,9 @@ from hydra_lab import metrics
 from hydra_lab.capture import record
 from hydra_lab.capture.path_use import batches, sample_losses
 from hydra_lab.data.samples import Samples
-from hydra_lab.locks import model_lock
+from hydra_lab.interventions import AblateExpert, intervened
 from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.nn.moe import MoEPath
-from hydra_lab.taps import Routing
 from probes.expert_specialization.analysis import Observation
 
 TOKEN_CLASSES = ("word", "word piece", "digit", "punctuation", "white space", "special")
@@ -74,24 +72,6 @@ def observe(
     return Observation(routing, np.where(inside, classes[samples.tokens], -1), TOKEN_CLASSES)
 
 
-@contextmanager
-def without_expert(model: HydraForCausalLM, layer: int, expert: int) -> Iterator[None]:
-    """Within the context, `expert` of block `layer` adds nothing: its weight is written to 0 at the routing
-    tap, while the other experts of the chunk keep theirs."""
-
-    def remove(_module: object, _inputs: object, decision: Routing) -> Routing:
-        chunk = model.config.moe_chunk_size
-        num_tokens = decision.weights.shape[1]
-        chosen = decision.experts.repeat_interleave(chunk, dim=1)[:, :num_tokens].eq(expert)
-        return decision._replace(weights=decision.weights.masked_fill(chosen, 0.0))
-
-    handle = model.get_submodule(f"model.layers.{layer}.moe.routing").register_forward_hook(remove)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def ablate(
     model: HydraForCausalLM,
     samples: Samples,
@@ -101,6 +81,8 @@ def ablate(
     progress: Callable[[str], None],
 ) -> NDArray[np.float64]:
     """[Y, E, N] loss of each sample without each expert minus its loss with it, nats per token.
+
+    An expert that is missing adds nothing, while the other experts of the chunk keep their weights.
 
     A sample that never chooses the expert cannot change (routing depends on earlier blocks and tokens only),
     so it is not run.
@@ -118,7 +100,7 @@ def ablate(
             progress(f"block {layer} without expert {expert}: {len(rows)} of {len(samples)} samples use it")
             if len(rows) == 0:
                 continue
-            with model_lock(model), without_expert(model, layer, expert):
+            with intervened(model, AblateExpert(block=layer, expert=expert, renormalize=False)):
                 losses = sample_losses(model, samples.take(rows), batch_size=batch_size)
             increase[y, expert, rows] = losses - intact_N[rows]
     return increase

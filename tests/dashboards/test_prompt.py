@@ -12,6 +12,7 @@ from streamlit.testing.v1 import AppTest
 from dashboards.shared.prompt import MAX_BYTES, MAX_TOKENS, Change, decode_file, encode
 from dashboards.shared.tokens import expert_spans, magnitude_spans, token_texts, visible
 from hydra_lab import load
+from hydra_lab.interventions import intervened
 from tests.dashboards.conftest import byte_tokenizer
 
 OpenApp = Callable[..., AppTest]
@@ -110,7 +111,7 @@ def test_a_model_is_as_it_was_after_every_change(model_dir: Path) -> None:
     with torch.no_grad():
         before = model(input_ids=ids).logits
         for change in (Change("ablate", 0, 1), Change("force", 2, 1), Change("cut", path="ssm"), Change()):
-            with change.on(model):
+            with intervened(model, *change.interventions):
                 during = model(input_ids=ids).logits
             assert torch.equal(model(input_ids=ids).logits, before)
             assert torch.equal(during, before) == (change.kind == "none")
