@@ -28,6 +28,10 @@ from hydra_lab.metrics.memory import gini as gini
 from hydra_lab.metrics.memory import memory_map as memory_map
 from hydra_lab.metrics.memory import memory_use as memory_use
 from hydra_lab.metrics.memory import top_tokens as top_tokens
+from hydra_lab.metrics.paired import PairingTest as PairingTest
+from hydra_lab.metrics.paired import mcnemar_p_value as mcnemar_p_value
+from hydra_lab.metrics.paired import pairing_test as pairing_test
+from hydra_lab.metrics.paired import sign_flip_p_value as sign_flip_p_value
 from hydra_lab.metrics.records import CaptureLike as CaptureLike
 from hydra_lab.metrics.records import captured_path_use as captured_path_use
 from hydra_lab.metrics.records import layers_of as layers_of

@@ -51,8 +51,8 @@ def with_memory_of(
 ) -> HydraCache:
     """A copy of `cache` in which `path` remembers what it remembers in `donor`, and everything else is as it was.
 
-    Both have read equally many tokens. For the ssm this is a write patch of its state (`ssm[i].patch`), and of the last
-    inputs of its convolution unless one `head` is chosen.
+    Both have read equally many tokens. For the ssm this is a write patch of its state (`ssm[i].patch`), and
+    of the last inputs of its convolution unless one `head` is chosen.
 
     Args:
         path: one of `MEMORIES`.
@@ -84,9 +84,11 @@ def with_memory_of_rows(cache: HydraCache, rows: Tensor, path: str) -> HydraCach
 def divergence(logits: Tensor, other: Tensor) -> NDArray[np.float64]:
     """[...] Kullback-Leibler divergence of softmax(other) from softmax(logits) over the last axis, nats.
 
-    From the differences of the logits, in fp64: those of two runs that hardly differ do not drown in rounding.
+    From the differences of the logits less their mean, so that those of two runs that hardly differ do not
+    drown in the rounding of two normalisations.
     """
-    difference = logits.double() - other.double()
-    probability = logits.double().softmax(dim=-1)
-    centred = difference - (probability * difference).sum(dim=-1, keepdim=True)
-    return torch.log1p((probability * torch.expm1(-centred)).sum(dim=-1)).clamp(min=0).cpu().numpy()
+    probability = logits.float().softmax(dim=-1)
+    centred = logits.float() - other.float()
+    centred -= (probability * centred).sum(dim=-1, keepdim=True)
+    excess = (probability * centred.neg_().expm1_()).sum(dim=-1, dtype=torch.float64)
+    return excess.clamp(min=0).log1p().cpu().numpy()

@@ -1,6 +1,6 @@
-"""Tests of findings by permutation: what the figure would be were it chance which value is whose.
+"""Rank correlations and ratios with their tests and intervals.
 
-The unit that is permuted is the one that is independent (a text, a problem, a head), never a token.
+The unit that is permuted or redrawn is the one that is independent (a text, a problem, a head), never a token.
 """
 
 import numpy as np
@@ -8,20 +8,7 @@ import numpy as np
 from hydra_lab.metrics.arrays import FloatArray
 
 _ROUNDING = 1e-12
-"""Relative size of a difference that is rounding, so that a tie counts as one."""
-
-
-def sign_flip_p_value(values: FloatArray, *, num_resamplings: int, seed: int) -> float:
-    """Two-sided p-value of "the mean of `values` [N] is zero", where each is a difference within one pair.
-
-    Were there no effect, it would be chance which of a pair is subtracted from which, so the signs are flipped at random
-    (Fisher 1935). 1 where every value is zero.
-    """
-    rng = np.random.default_rng(seed)
-    sign_WN = rng.integers(2, size=(num_resamplings, len(values))) * 2.0 - 1.0
-    observed = abs(float(values.mean()))
-    flipped_W = np.abs(sign_WN @ values) / len(values)
-    return _p_value(int((flipped_W >= observed * (1 - _ROUNDING)).sum()), num_resamplings)
+"""A correlation that falls short of the observed one by less than this equals it."""
 
 
 def rank_correlation(first: FloatArray, second: FloatArray) -> float:
@@ -40,7 +27,8 @@ def rank_correlation_p_value(
         return 1.0
     rng = np.random.default_rng(seed)
     permuted = [rank_correlation(first, rng.permutation(second)) for _ in range(num_resamplings)]
-    return _p_value(int((np.array(permuted) >= observed - _ROUNDING).sum()), num_resamplings)
+    exceeding = int((np.array(permuted) >= observed - _ROUNDING).sum())
+    return (1 + exceeding) / (1 + num_resamplings)
 
 
 def rank_correlation_interval(
@@ -68,11 +56,6 @@ def ratio_interval(
     values = numerator[drawn].sum(axis=1) / np.maximum(denominator[drawn].sum(axis=1), 1e-300)
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _p_value(num_exceeding: int, num_resamplings: int) -> float:
-    """The observed order counts as one of the permutations (Phipson and Smyth 2010), so that p is never 0."""
-    return (1 + num_exceeding) / (1 + num_resamplings)
 
 
 def _ranks(values: FloatArray) -> FloatArray:

@@ -6,15 +6,12 @@ Shape suffixes: N problems, A questions, P pairs, H key-value heads, K selected 
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_lab.metrics import mean_interval
+from hydra_lab.metrics import PairingTest, mean_interval, pairing_test, sign_flip_p_value
 from hydra_lab.probing import Effect, Finding
-from hydra_lab.probing.resampling import sign_flip_p_value
 from probes.distant_premise.measure import CUT, FORCED, OTHER_STATE, Answers, Floats, Ints, forbidden
 
 
-def findings(
-    answers: list[Answers], asked: Ints, *, num_resamplings: int, seed: int
-) -> tuple[Finding, ...]:
+def findings(answers: list[Answers], asked: Ints, *, num_resamplings: int, seed: int) -> tuple[Finding, ...]:
     """What the study claims at every distance.
 
     Args:
@@ -43,8 +40,8 @@ def is_right(score_NAP: Floats, asked: Ints) -> NDArray[np.bool_]:
 def margin(score_NAP: Floats, asked: Ints) -> Floats:
     """[N, A] score of the right value less the mean score of the others, nats.
 
-    A change of it says that the right value gained on the others. Its own log-probability would fall under any disturbance,
-    since noise on the scores of a guess makes one of them win.
+    A change of it says that the right value gained on the others. Its own log-probability would fall under
+    any disturbance, since noise on the scores of a guess makes one of them win.
     """
     right_NA = score_NAP[:, np.arange(len(asked)), asked]
     return (right_NA - score_NAP.mean(axis=-1)) * score_NAP.shape[-1] / (score_NAP.shape[-1] - 1)
@@ -59,30 +56,27 @@ def hits(answers: Answers, y: int) -> NDArray[np.bool_]:
 
 def matching_test(
     match_NAA: NDArray[np.bool_], *, num_resamplings: int, seed: int
-) -> tuple[Floats, float, float]:
+) -> tuple[Floats, PairingTest]:
     """Does what is asked decide what is found?
 
-    Were it indifferent, any question of a problem would fit any pair of it as well, so the pairs are permuted over the
-    questions within each problem. What is found for every question alike (the block of all pairs, the first value) scores
-    no higher than its permutations, and problems stay whole.
+    Were it indifferent, any question of a problem would fit any pair of it as well, so the pairs are permuted
+    over the questions within each problem. What is found for every question alike (the blocks of all pairs,
+    the first value) scores no higher than its permutations.
 
     Args:
         match_NAA: [n, a, b] whether what question a of problem n finds belongs to the pair of its question b.
 
     Returns:
-        (share of each problem's questions that find their own pair [N], mean of the permutations, one-sided p-value).
+        (share of each problem's questions that find their own pair [N], test).
     """
-    rng = np.random.default_rng(seed)
     num_problems, num_questions, _ = match_NAA.shape
-    problem_N, question_A = np.arange(num_problems), np.arange(num_questions)
-    own_N = match_NAA[:, question_A, question_A].mean(axis=1)
-    exceeded, total = 0, 0.0
-    for _ in range(num_resamplings):
-        order_NA = rng.random((num_problems, num_questions)).argsort(axis=1)
-        permuted = float(match_NAA[problem_N[:, None], question_A, order_NA].mean())
-        exceeded += permuted >= own_N.mean() - 1e-12
-        total += permuted
-    return own_N, total / num_resamplings, (1 + exceeded) / (1 + num_resamplings)
+    problem = np.repeat(np.arange(num_problems), num_questions)
+    scores = np.zeros((num_problems, num_questions, num_problems, num_questions))
+    scores[np.arange(num_problems), :, np.arange(num_problems)] = match_NAA
+    test = pairing_test(
+        scores.reshape(len(problem), len(problem)), problem, num_resamplings=num_resamplings, seed=seed
+    )
+    return match_NAA.diagonal(axis1=1, axis2=2).mean(axis=1), test
 
 
 def chance_of_selection(answers: Answers) -> float:
@@ -93,7 +87,7 @@ def chance_of_selection(answers: Answers) -> float:
 
 def _accuracy(answers: Answers, asked: Ints, resampling: dict[str, int]) -> Finding:
     chosen_NA = answers.score.argmax(axis=-1)
-    own_N, null, p = matching_test(chosen_NA[:, :, None] == asked, **resampling)
+    own_N, test = matching_test(chosen_NA[:, :, None] == asked, **resampling)
     num_pairs = answers.score.shape[-1]
     without_N = is_right(answers.score_under[CUT], asked).mean(axis=1)
     lost_N = own_N - without_N
@@ -103,11 +97,12 @@ def _accuracy(answers: Answers, asked: Ints, resampling: dict[str, int]) -> Find
         unit="share of questions",
         interval=mean_interval(own_N, **resampling),
         null="the answer does not depend on which pair is asked for (pairs permuted within a problem)",
-        null_value=null,
-        p_value=p,
+        null_value=test.null_value,
+        p_value=test.p_value,
         n=len(own_N),
         n_unit="problems",
-        verdict=f"With {answers.distance} tokens in between, {own_N.mean():.0%} of the answers are right (a blind choice "
+        verdict=f"With {answers.distance} tokens in between, {own_N.mean():.0%} of the answers are right (a "
+        "blind choice "
         f"among the values: {1 / num_pairs:.0%}); with the attention cut while the question is read, "
         f"{without_N.mean():.0%}.",
         causal=Effect(
@@ -115,14 +110,14 @@ def _accuracy(answers: Answers, asked: Ints, resampling: dict[str, int]) -> Find
             estimate=float(lost_N.mean()),
             unit="share of questions",
             interval=mean_interval(lost_N, **resampling),
-            p_value=sign_flip_p_value(lost_N, **resampling),
+            p_value=sign_flip_p_value(lost_N, two_sided=True, **resampling),
         ),
     )
 
 
 def _hits(answers: Answers, y: int, asked: Ints, resampling: dict[str, int]) -> Finding:
     layer = answers.layers[y]
-    own_N, null, p = matching_test(hits(answers, y), **resampling)
+    own_N, test = matching_test(hits(answers, y), **resampling)
     lost_N = _lost(answers, forbidden(layer), asked)
     num_heads = answers.selected.shape[3]
     chance = 1 - (1 - chance_of_selection(answers)) ** num_heads
@@ -132,19 +127,20 @@ def _hits(answers: Answers, y: int, asked: Ints, resampling: dict[str, int]) -> 
         unit="share of questions",
         interval=mean_interval(own_N, **resampling),
         null="the selection does not depend on which pair is asked for (pairs permuted within a problem)",
-        null_value=null,
-        p_value=p,
+        null_value=test.null_value,
+        p_value=test.p_value,
         n=len(own_N),
         n_unit="problems",
         verdict=f"With {answers.distance} tokens in between, a head of block {layer} selects the premise's block for "
-        f"{own_N.mean():.0%} of the questions, the block of another pair for {null:.0%} (at random among "
+        f"{own_N.mean():.0%} of the questions, the block of another pair for {test.null_value:.0%} (at random among "
         f"{answers.num_candidates} candidates: {chance:.1%}).",
         causal=Effect(
-            description=f"the premise's block forbidden in block {layer}: lead of the right value over the others that goes",
+            description=f"the premise's block forbidden in block {layer}: lead of the right value over the "
+            "others that goes",
             estimate=float(lost_N.mean()),
             unit="nats",
             interval=mean_interval(lost_N, **resampling),
-            p_value=sign_flip_p_value(lost_N, **resampling),
+            p_value=sign_flip_p_value(lost_N, two_sided=True, **resampling),
         ),
         layer=layer,
     )
@@ -166,10 +162,11 @@ def _changed(answers: Answers, intervention: str, asked: Ints, resampling: dict[
         interval=mean_interval(gained_N, **resampling),
         null="the intervention makes no difference to the lead (sign flips over problems)",
         null_value=0.0,
-        p_value=sign_flip_p_value(gained_N, **resampling),
+        p_value=sign_flip_p_value(gained_N, two_sided=True, **resampling),
         n=len(gained_N),
         n_unit="problems",
-        verdict=f"With {answers.distance} tokens in between and the {intervention}, {after_N.mean():.0%} of the answers are "
+        verdict=f"With {answers.distance} tokens in between and the {intervention}, {after_N.mean():.0%} of "
+        "the answers are "
         f"right instead of {before_N.mean():.0%}.",
         causal=Effect(
             description=f"{intervention}: change of accuracy",
@@ -186,6 +183,14 @@ def breaks_at(answers: list[Answers], asked: Ints) -> str:
     intervals = {each.distance: mean_interval(is_right(each.score, asked).mean(axis=1)) for each in answers}
     good = [each.distance for each in answers if is_right(each.score, asked).mean() >= 0.5]
     guessing = [distance for distance, (low, _) in intervals.items() if low <= 1 / num_pairs]
-    reach = f"Half of the answers or more are right up to {max(good)} tokens" if good else "Nowhere is half of the answers right"
-    end = f"its accuracy is not above chance at {', '.join(map(str, guessing))}" if guessing else "it is above chance everywhere"
+    reach = (
+        f"Half of the answers or more are right up to {max(good)} tokens"
+        if good
+        else "Nowhere is half of the answers right"
+    )
+    end = (
+        f"its accuracy is not above chance at {', '.join(map(str, guessing))}"
+        if guessing
+        else "it is above chance everywhere"
+    )
     return f"{reach}; {end}."

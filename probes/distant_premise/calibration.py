@@ -17,7 +17,7 @@ _NUM_PROBLEMS = 16
 _BLOCK, _WINDOW = 4, 8
 _DISTANCES = (16, 128)
 _NUM_FILLERS = 8
-_NUM_RESAMPLINGS = 1999
+_NUM_RESAMPLINGS = 999
 
 # Words: fillers, one token for every pair of a key and a value, a question for every key, an answer for every value.
 _PAIRS = _NUM_FILLERS
@@ -32,17 +32,17 @@ _NOISE = 0.02
 def finding_model(seed: int) -> HydraForCausalLM:
     """One block that answers by its attention alone, built by hand, with a little noise.
 
-    A pair's token holds a vector of its key and one of its value, a question that of its key, an answer that of its value,
-    each in dimensions of its own. The query is the asked key and the keys are the pairs' keys, so the mean key of the
-    premise's block has the highest score; what is read there is the value.
+    A pair's token holds a vector of its key and one of its value, a question that of its key, an answer that
+    of its value, each in dimensions of its own. The query is the asked key and the keys are the pairs' keys,
+    so the mean key of the premise's block has the highest score; what is read there is the value.
     """
     return _model(seed, tokens_hold_pairs=True)
 
 
 def indifferent_model(seed: int) -> HydraForCausalLM:
-    """The same block, but the tokens of the pairs hold vectors at random: they tell neither their key nor their value, so
-    that the keys are random as well. So many values that two problems hardly share a pair, for a single random model is not
-    quite indifferent to each pair."""
+    """The same block, but the tokens of the pairs hold vectors at random: they tell neither their key nor
+    their value, so that the keys are random as well. So many values that two problems hardly share a pair,
+    for a single random model is not quite indifferent to each pair."""
     return _model(seed, tokens_hold_pairs=False)
 
 
@@ -67,7 +67,9 @@ def _model(seed: int, *, tokens_hold_pairs: bool) -> HydraForCausalLM:
     model = HydraForCausalLM(config).eval()
     block = model.model.blocks[0]
     reader = block.attention
-    key, value, question, answer, filler = (slice(start, start + _SIZE) for start in range(0, 5 * _SIZE, _SIZE))
+    key, value, question, answer, filler = (
+        slice(start, start + _SIZE) for start in range(0, 5 * _SIZE, _SIZE)
+    )
     keys = torch.eye(_SIZE)[:_NUM_PAIRS]
     values = torch.nn.functional.normalize(torch.randn(_NUM_VALUES, _SIZE), dim=-1)
     with torch.no_grad():
@@ -80,7 +82,9 @@ def _model(seed: int, *, tokens_hold_pairs: bool) -> HydraForCausalLM:
         embedding[_ANSWERS:, answer] = values
         if not tokens_hold_pairs:
             drawn = torch.randn(2, _NUM_PAIRS * _NUM_VALUES, _SIZE)
-            for place, vectors in zip((key, value), torch.nn.functional.normalize(drawn, dim=-1), strict=True):
+            for place, vectors in zip(
+                (key, value), torch.nn.functional.normalize(drawn, dim=-1), strict=True
+            ):
                 embedding[_PAIRS:_QUESTIONS, place] = vectors
         block.ssm.out_proj.weight.zero_()
         for weight in reader.parameters():
@@ -98,7 +102,8 @@ def problems(seed: int) -> Problems:
     """Pairs in blocks of their own, in random order with random values; then filler."""
     rng = np.random.default_rng(seed)
     keys, values = (
-        rng.random((_NUM_PROBLEMS, count)).argsort(axis=1)[:, :_NUM_PAIRS] for count in (_NUM_PAIRS, _NUM_VALUES)
+        rng.random((_NUM_PROBLEMS, count)).argsort(axis=1)[:, :_NUM_PAIRS]
+        for count in (_NUM_PAIRS, _NUM_VALUES)
     )
     given = rng.integers(_NUM_FILLERS, size=(_NUM_PROBLEMS, (_NUM_PAIRS + 1) * _BLOCK))
     place = _BLOCK * np.arange(1, _NUM_PAIRS + 1) + 1
@@ -129,8 +134,8 @@ def is_claimed(finding: Finding) -> bool:
 
 
 def finds_planted(seed: int) -> bool:
-    """At every distance the selection is claimed to find the premise and the answers to be right, and forbidding the block
-    is claimed to cost the answer."""
+    """At every distance the selection is claimed to find the premise and the answers to be right, and
+    forbidding the block is claimed to cost the answer."""
     found = studied(finding_model(seed), seed)
     good = []
     for distance in _DISTANCES:

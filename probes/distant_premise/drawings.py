@@ -49,7 +49,8 @@ def accuracy(answers: list[Answers], asked: Ints, *, theme: Theme = "light") -> 
     return finish(
         figure,
         title="Answers by distance of the premise",
-        subtitle=f"mean over {counted(num_problems, 'problem')} with {counted(num_questions, 'question')} each, bars 95% over "
+        subtitle=f"mean over {counted(num_problems, 'problem')} with {counted(num_questions, 'question')} "
+        "each, bars 95% over "
         f"problems; a choice among the {answers[0].score.shape[-1]} values of a problem",
         theme=theme,
         height=400,
@@ -93,7 +94,8 @@ def selection(answers: list[Answers], asked: Ints, *, theme: Theme = "light") ->
         figure,
         title="What the attention selects when it is asked",
         subtitle=f"selection of the question's last token; mean over {counted(num_problems, 'problem')} with "
-        f"{counted(num_questions, 'question')} each, bars 95% over problems; what the attention is worth here: the figure of "
+        f"{counted(num_questions, 'question')} each, bars 95% over problems; what the attention is worth "
+        "here: the figure of "
         "the answers",
         theme=theme,
         height=380,

@@ -66,7 +66,8 @@ def ask(
     *,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> list[Answers]:
-    """Every question at every distance. The text before it is read once; interventions hold while a question is read."""
+    """Every question at every distance. The text before it is read once; interventions hold while a question
+    is read."""
     _, cache = read_on(model, problems.given, last_only=True)
     answers, reached = [], 0
     for distance in distances:
@@ -108,7 +109,8 @@ def _ask_at(model: HydraForCausalLM, problems: Problems, cache: HydraCache, dist
             FORCED: ((f"attention[*].select(blocks=[{block}])",), cache),
             OTHER_STATE: ((), other_state),
             **{
-                forbidden(layer): ((f"attention[{layer}].forbid(blocks=[{block}])",), cache) for layer in layers
+                forbidden(layer): ((f"attention[{layer}].forbid(blocks=[{block}])",), cache)
+                for layer in layers
             },
         }
         for name, (changes, memory) in changed.items():

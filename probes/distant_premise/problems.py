@@ -51,8 +51,8 @@ def make_problems(
 ) -> Problems:
     """Problems in the words of `hydra_lab.data.tasks`, each after `lead` tokens of another text.
 
-    The other text keeps the pairs out of block 0, which every query sees. Names are invented and all of the same number of
-    tokens, the most frequent one, so that every problem has its pairs at the same places.
+    The other text keeps the pairs out of block 0, which every query sees. Names are invented and all of the
+    same number of tokens, the most frequent one, so that every problem has its pairs at the same places.
 
     Raises:
         ValueError: the tokenizer does not keep the values whole, there are more pairs than values, or no sample is
@@ -62,7 +62,9 @@ def make_problems(
         raise ValueError(f"num_pairs={num_pairs} must be at most {len(VALUES)}, the number of values")
     broken = [value for value in VALUES if len(_ids(tokenizer, value)) != 1]
     if broken:
-        raise ValueError(f"the tokenizer splits the value {broken[0]!r}; recall problems need values of one token")
+        raise ValueError(
+            f"the tokenizer splits the value {broken[0]!r}; recall problems need values of one token"
+        )
     leaders = np.flatnonzero(samples.length >= lead - 1)
     if len(leaders) == 0:
         raise ValueError(f"no sample has the {lead - 1} tokens that come before a problem")

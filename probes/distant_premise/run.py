@@ -1,4 +1,5 @@
-"""Does the attention select the block that holds the premise, and to what distance does the model answer? See README.md.
+"""Does the attention select the block that holds the premise, and to what distance does the model answer? See
+README.md.
 
 hydra-lab probe distant-premise demo --out DIR
 """
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra_lab.probing import Outcome, Probe, Study
-from hydra_lab.probing.settings import settings_from
 from probes.distant_premise import analysis, drawings
 from probes.distant_premise.measure import Answers, ask
 from probes.distant_premise.problems import make_problems
@@ -20,7 +20,7 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
     Raises:
         ValueError: a setting is wrong, or recall problems cannot be written in this tokenizer.
     """
-    chosen = settings_from(Settings, settings)
+    chosen = Settings(**settings)
     config = probe.model.config
     problems = make_problems(
         probe.tokenizer,
@@ -37,7 +37,8 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
     notes = [
         analysis.breaks_at(answers, problems.asked),
         "The filler is random common words, as in training, where it was 320 tokens at most.",
-        f"Each problem is read once, and {chosen.num_questions} of its {chosen.num_pairs} pairs are asked for at every "
+        f"Each problem is read once, and {chosen.num_questions} of its {chosen.num_pairs} pairs are asked "
+        "for at every "
         "distance, so the distances share their problems.",
     ]
     if in_view:
@@ -75,10 +76,12 @@ def _row(answers: Answers, asked: analysis.Ints) -> dict[str, Any]:
 
 STUDY = Study(
     name="distant-premise",
-    question="Does the attention select the block that holds the premise, and to what distance does the model answer?",
+    question="Does the attention select the block that holds the premise, and to what distance does the "
+    "model answer?",
     claim="The selection of blocks finds a premise at any distance.",
     null="What is selected, and what is answered, does not depend on which of the pairs is asked for.",
-    causal_check="While the question is read, the premise's block is forbidden or forced, the attention is cut, or the ssm "
+    causal_check="While the question is read, the premise's block is forbidden or forced, the attention is "
+    "cut, or the ssm "
     "remembers another problem.",
     run=run,
     config=Path(__file__).with_name("config.toml"),

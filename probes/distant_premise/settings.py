@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hydra_lab.probing.settings import check_at_least
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -22,8 +20,10 @@ class Settings:
     """Permutations of each null and redraws of each interval."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_resamplings")
-        check_at_least(self, 2, "num_problems", "num_pairs", "num_questions")
+        least = {"num_problems": 2, "num_pairs": 2, "num_questions": 2, "num_resamplings": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {value}")
         if self.num_questions > self.num_pairs:
             raise ValueError(f"num_questions={self.num_questions} must be at most num_pairs={self.num_pairs}")
         distances = list(self.distances)

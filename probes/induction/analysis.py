@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from hydra_lab.metrics import mean_interval
+from hydra_lab.metrics import mean_interval, sign_flip_p_value
 from hydra_lab.probing import Effect, Finding
-from hydra_lab.probing.resampling import ratio_interval, sign_flip_p_value
+from hydra_lab.probing.resampling import ratio_interval
 from probes.induction.measure import CopyGain, Cut
 
 
@@ -45,7 +45,8 @@ def _gain(gain: CopyGain, resampling: dict[str, int]) -> Finding:
         p_value=sign_flip_p_value(gain.intact, **resampling),
         n=len(gain.intact),
         n_unit="sequences",
-        verdict=f"Having seen the target behind its cue lowers the loss by {mean:.2f} nats, from {loss + mean:.2f} to "
+        verdict=f"Having seen the target behind its cue lowers the loss by {mean:.2f} nats, from "
+        f"{loss + mean:.2f} to "
         f"{loss:.2f}. Which path does it is what the cuts show.",
     )
 
@@ -62,7 +63,7 @@ def _lost(gain: CopyGain, cut: Cut, resampling: dict[str, int]) -> Finding:
         interval=ratio_interval(lost_N, gain.intact, **resampling),
         null="the cut costs as much after the control (sign flips over sequences)",
         null_value=0.0,
-        p_value=sign_flip_p_value(lost_N, **resampling),
+        p_value=sign_flip_p_value(lost_N, two_sided=True, **resampling),
         n=len(lost_N),
         n_unit="sequences",
         verdict=f"Cutting the {describe(cut)} while the repeat is read takes {share:.0%} of the gain.",
@@ -89,10 +90,11 @@ def _interaction(gain: CopyGain, cut: Cut, resampling: dict[str, int]) -> Findin
         interval=mean_interval(beyond_N, **resampling),
         null="the two cuts add up (sign flips over sequences)",
         null_value=0.0,
-        p_value=sign_flip_p_value(beyond_N, **resampling),
+        p_value=sign_flip_p_value(beyond_N, two_sided=True, **resampling),
         n=len(beyond_N),
         n_unit="sequences",
-        verdict=f"Cut together, {describe(cut)} take {abs(mean):.2f} nats {'more' if mean > 0 else 'less'} than the sum of "
+        verdict=f"Cut together, {describe(cut)} take {abs(mean):.2f} nats {'more' if mean > 0 else 'less'} "
+        "than the sum of "
         f"both cuts: {meaning}.",
         causal=Effect(
             description=f"{describe(cut)} both cut on the repeat: gain that goes",

@@ -22,7 +22,8 @@ _NUM_RESAMPLINGS = 1999
 # Sizes at which a one-hot vector per token fits beside another and a constant.
 _HIDDEN = 96
 _CONSTANT = 2 * _NUM_WORDS
-"""Dimension that is 1 for every token; the dimensions of the current token come first, those of the previous one next."""
+"""Dimension that is 1 for every token; the dimensions of the current token come first, those of the previous
+one next."""
 
 
 def _config(**fields: object) -> HydraConfig:
@@ -50,9 +51,11 @@ def _config(**fields: object) -> HydraConfig:
 def copying_model(path: str, seed: int) -> HydraForCausalLM:
     """Two blocks that copy by one path, "ssm" or "attention", built by hand, with a little noise on every weight.
 
-    By the ssm: block 0 stores each token under the one before it (B from the convolution's previous tap) and reads under
-    the current one, S C = sum of the tokens that followed earlier occurrences. By the attention: the convolution of block 0
-    notes each token's predecessor, and in block 1 the query, the current token, meets the keys, the predecessors.
+    By the ssm: block 0 stores each token under the one before it (B from the convolution's previous tap) and
+        reads under
+    the current one, S C = sum of the tokens that followed earlier occurrences. By the attention: the
+    convolution of block 0 notes each token's predecessor, and in block 1 the query, the current token, meets
+    the keys, the predecessors.
     """
     torch.manual_seed(seed)
     model = HydraForCausalLM(_config()).eval()
@@ -95,10 +98,12 @@ def copying_model(path: str, seed: int) -> HydraForCausalLM:
 
 
 def random_model(seed: int) -> HydraForCausalLM:
-    """Two blocks that carry tokens forward by both paths, at random: nothing is matched. So many words that two sequences
-    hardly share a pair, for a single random model is not quite indifferent to each pair."""
+    """Two blocks that carry tokens forward by both paths, at random: nothing is matched. So many words that
+    two sequences hardly share a pair, for a single random model is not quite indifferent to each pair."""
     torch.manual_seed(seed)
-    model = HydraForCausalLM(_config(vocab_size=2000, hidden_size=32, ssm_head_dim=16, ssm_state_size=16)).eval()
+    model = HydraForCausalLM(
+        _config(vocab_size=2000, hidden_size=32, ssm_head_dim=16, ssm_state_size=16)
+    ).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_(std=0.5)
         for block in model.model.blocks:
@@ -132,7 +137,8 @@ def studied(model: HydraForCausalLM, seed: int) -> dict[str, Finding]:
 
 
 def finds_planted(seed: int) -> bool:
-    """At every distance the gain is claimed, and the path that copies is claimed to take more of it than the other."""
+    """At every distance the gain is claimed, and the path that copies is claimed to take more of it than the
+    other."""
     path, other = (("ssm", "attention"), ("attention", "ssm"))[seed % 2]
     found = studied(copying_model(path, seed), seed)
     return all(

@@ -81,7 +81,8 @@ def gain_by_distance(random: list[CopyGain], *, theme: Theme = "light") -> go.Fi
     return finish(
         figure,
         title="Copying of random tokens",
-        subtitle=f"mean over {counted(len(random[0].intact), 'sequence')} at each distance, bars 95% over sequences; paths "
+        subtitle=f"mean over {counted(len(random[0].intact), 'sequence')} at each distance, bars 95% over "
+        "sequences; paths "
         "are cut while the repeat is read",
         theme=theme,
         height=380,
@@ -93,14 +94,19 @@ def share_by_path(gains: list[CopyGain], *, theme: Theme = "light") -> go.Figure
     cuts: list[Cut] = [cut for cut in gains[0].under if len(cut) == 1 and cut[0][1] is None]
     lost = np.array([[gain.lost(cut).mean() for gain in gains] for cut in cuts])
     figure = go.Figure(
-        _heat_map(lost, [f"{gain.name}<br>(gain {gain.intact.mean():.2f})" for gain in gains], list(map(describe, cuts)))
+        _heat_map(
+            lost,
+            [f"{gain.name}<br>(gain {gain.intact.mean():.2f})" for gain in gains],
+            list(map(describe, cuts)),
+        )
     )
     figure.update_xaxes(showgrid=False, tickangle=-30)
     figure.update_yaxes(showgrid=False, autorange="reversed")
     return finish(
         figure,
         title="What the cut of a path takes of the gain",
-        subtitle=f"nats per target, mean over {counted(len(gains[0].intact), 'sequence')} of each kind; below zero the gain "
+        subtitle=f"nats per target, mean over {counted(len(gains[0].intact), 'sequence')} of each kind; "
+        "below zero the gain "
         "grew",
         theme=theme,
         height=150 + 40 * len(cuts),
@@ -144,7 +150,8 @@ def interactions(gain: CopyGain, *, theme: Theme = "light") -> go.Figure:
     return finish(
         figure,
         title=f"Two paths cut together: {gain.name}",
-        subtitle=f"nats per target beyond the sum of both cuts; mean over {counted(len(gain.intact), 'sequence')}; above "
+        subtitle=f"nats per target beyond the sum of both cuts; mean over "
+        f"{counted(len(gain.intact), 'sequence')}; above "
         "zero one stands in for the other, below it both are needed",
         theme=theme,
         height=140 + 40 * len(paths),

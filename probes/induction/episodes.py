@@ -1,9 +1,11 @@
 """Texts whose end can be copied from their beginning, each beside a control in which it cannot.
 
-A sequence of random tokens is read as cues and targets by turns, and its first tokens are repeated: whoever finds the cue's
-earlier occurrence can copy the target that followed it. In the control the cues of the first occurrence are other
-tokens. Every target stands where it stood, so neither the frequency nor the recency of a token differs, nor the distance at
-which it is repeated: what the loss differs by is the association. Recall problems are the same with invented names for cues.
+A sequence of random tokens is read as cues and targets by turns, and its first tokens are repeated: whoever
+finds the cue's earlier occurrence can copy the target that followed it. In the control the cues of the first
+occurrence are other tokens. Every target stands where it stood, so neither the frequency nor the recency of a
+token differs, nor the distance at
+which it is repeated: what the loss differs by is the association. Recall problems are the same with invented
+    names for cues.
 """
 
 import random
@@ -97,7 +99,8 @@ def random_episodes(
 def recall_episodes(
     tokenizer: PreTrainedTokenizerBase, *, num_problems: int, num_pairs: int, seed: int
 ) -> Episodes:
-    """Recall problems (`hydra_lab.data.tasks`) with every pair asked once; the controls give the values to other names."""
+    """Recall problems (`hydra_lab.data.tasks`) with every pair asked once; the controls give the values to
+    other names."""
     rng = random.Random(seed)
     texts: list[list[int]] = []
     controls: list[list[int]] = []

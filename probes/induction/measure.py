@@ -71,8 +71,8 @@ def copy_gain(
 ) -> CopyGain:
     """Loss after context and control, as it is and under each cut.
 
-    Contexts are read with the model as it is; a cut holds while the repeat is read, so it takes from the model what the
-    path does there, not what it has stored.
+    Contexts are read with the model as it is; a cut holds while the repeat is read, so it takes from the
+    model what the path does there, not what it has stored.
     """
     progress(f"{episodes.name}: {len(episodes.scored)} sequences")
     cuts = list(cuts)
@@ -81,9 +81,7 @@ def copy_gain(
         rows = slice(start, start + batch_size)
         repeat, scored = episodes.repeat[rows], episodes.scored[rows]
         for side, beginning in (("context", episodes.context[rows]), ("control", episodes.control[rows])):
-            _, cache = read_on(
-                model, beginning.ids, attention_mask=beginning.present, last_only=True
-            )
+            _, cache = read_on(model, beginning.ids, attention_mask=beginning.present, last_only=True)
             for cut in losses[side]:
                 with ExitStack() as stack:
                     stack.enter_context(model_lock(model))

@@ -8,7 +8,6 @@ from typing import Any
 
 from hydra_lab.metrics import mean_interval
 from hydra_lab.probing import Outcome, Probe, Study
-from hydra_lab.probing.settings import settings_from
 from probes.induction import analysis, drawings
 from probes.induction.episodes import random_episodes, recall_episodes, whole_words
 from probes.induction.measure import CopyGain, block_cuts, copy_gain, pair_cuts, path_cuts
@@ -21,7 +20,7 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
     Raises:
         ValueError: a setting is wrong, or the vocabulary is too small for a distance.
     """
-    chosen = settings_from(Settings, settings)
+    chosen = Settings(**settings)
     model, seed = probe.model, probe.seed
     words = whole_words(probe.tokenizer)
     singles = path_cuts(model)
@@ -43,7 +42,8 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
         findings=analysis.findings([*random, recall], num_resamplings=chosen.num_resamplings, seed=seed),
         figures=drawings.draw(random, recall, by_block),
         notes=(
-            "A path is cut while the repeat is read. What it stored before, and what it wrote into keys and states of the "
+            "A path is cut while the repeat is read. What it stored before, and what it wrote into keys and "
+            "states of the "
             "first occurrence, is still there: the cut shows where the copying is done, not where it was prepared.",
             "Random words are not what the model was trained on; the recall problems are.",
         ),
@@ -70,8 +70,10 @@ def _row(gain: CopyGain) -> dict[str, Any]:
 STUDY = Study(
     name="induction",
     question="Which path copies from the context what followed the earlier occurrence of a token?",
-    claim="Copying of what stood behind an earlier occurrence (induction, Olsson et al. 2022) is the attention's work.",
-    null="Other cues before the same targets serve as well; a path's cut costs as much where there is nothing to copy.",
+    claim="Copying of what stood behind an earlier occurrence (induction, Olsson et al. 2022) is the "
+    "attention's work.",
+    null="Other cues before the same targets serve as well; a path's cut costs as much where there is "
+    "nothing to copy.",
     causal_check="Each path, of all blocks and of each block, is cut while the repeat is read, and paths in pairs.",
     run=run,
     config=Path(__file__).with_name("config.toml"),

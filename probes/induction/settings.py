@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hydra_lab.probing.settings import check_at_least
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -26,11 +24,15 @@ class Settings:
     """Sequences per forward pass; does not change the result."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_resamplings", "batch_size")
-        check_at_least(self, 2, "num_sequences", "repeat", "num_pairs")
+        least = {"num_sequences": 2, "num_pairs": 2, "num_resamplings": 1, "batch_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {value}")
         odd = [each for each in (*self.distances, self.repeat) if each < 2 or each % 2]
         if odd or not self.distances:
-            raise ValueError(f"distances={list(self.distances)} and repeat={self.repeat} must be even numbers from 2 on")
+            raise ValueError(
+                f"distances={list(self.distances)} and repeat={self.repeat} must be even numbers from 2 on"
+            )
         if self.block_distance not in self.distances:
             raise ValueError(
                 f"block_distance={self.block_distance} must be one of distances={list(self.distances)}"

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hydra_lab.metrics import mean_interval
+from hydra_lab.metrics import mean_interval, sign_flip_p_value
 from hydra_lab.probing import Effect, Finding
 from hydra_lab.probing.resampling import (
     rank_correlation,
     rank_correlation_interval,
     rank_correlation_p_value,
     ratio_interval,
-    sign_flip_p_value,
 )
 from probes.state_horizon.measure import Floats, Measurement
 
@@ -28,8 +27,8 @@ _LONGEST_OVER_HORIZON = 64
 def exponential_half_life(amplitude: Floats) -> Floats:
     """Half-life, in tokens, of the exponential that lies as far out on the average as an amplitude does.
 
-    The mean distance sum(d a_d) / sum(a_d) over d = 0 .. D-1 is matched, not a line through logarithms: what is hardly
-    there any more, and its rounding, would steer the line.
+    The mean distance sum(d a_d) / sum(a_d) over d = 0 .. D-1 is matched, not a line through logarithms: what
+    is hardly there any more, and its rounding, would steer the line.
 
     Args:
         amplitude: [..., D] non-negative.
@@ -50,8 +49,8 @@ def exponential_half_life(amplitude: Floats) -> Floats:
 
 
 def filled_in(distance_M: NDArray[np.int64], amplitude_M: Floats) -> Floats:
-    """[..., last - first + 1] amplitude at every distance from the first to the last of `distance_M`, exponential between
-    two of them.
+    """[..., last - first + 1] amplitude at every distance from the first to the last of `distance_M`,
+    exponential between two of them.
 
     Args:
         amplitude_M: [..., M] non-negative.
@@ -71,7 +70,8 @@ class Horizon:
     Attributes:
         state_half_life: [H] tokens, of the difference of the head's states between the two runs.
         output_half_life: [H] tokens, of the change of the output where only this head's state differs: of the square
-            root of the divergence, which is proportional to a small difference of the state. NaN where nothing changes.
+            root of the divergence, which is proportional to a small difference of the state. NaN where
+            nothing changes.
         output_change: [D] mean over texts of the divergence at each distance, nats.
     """
 
@@ -112,7 +112,7 @@ def _fall(measurement: Measurement, found: Horizon, resampling: dict[str, int]) 
     change_ND = measurement.output_change[:, 1:]
     distance_D = np.arange(1, change_ND.shape[1] + 1, dtype=np.float64)
     rank_N = np.nan_to_num(np.array([rank_correlation(distance_D, row) for row in change_ND]))
-    p = sign_flip_p_value(rank_N, **resampling)
+    p = sign_flip_p_value(rank_N, two_sided=True, **resampling)
     estimate = float(rank_N.mean())
     near, last = found.output_change[1], found.output_change[-1]
     if near == 0:
@@ -167,8 +167,10 @@ def _half_lives(
         p_value=p_state,
         n=num_heads,
         n_unit="heads",
-        verdict=f"How long the heads' states stay changed goes with the half-lives that their decays predict by a rank "
-        f"correlation of {state:.2f} (1 is the same order, 0 none); how long the output stays changed through one head, "
+        verdict=f"How long the heads' states stay changed goes with the half-lives that their decays predict "
+        "by a rank "
+        f"correlation of {state:.2f} (1 is the same order, 0 none); how long the output stays changed "
+        "through one head, "
         f"by {output:.2f}.",
         causal=Effect(
             description="only this head's state is taken from the other run: half-life of the change of the output, "
@@ -191,7 +193,8 @@ def _half_lives(
         null_value=1.0,
         n=len(log_ratio_H),
         n_unit="heads with a finite half-life",
-        verdict=f"A state stays changed {median:.2g} times as long as the head's own decay predicts (median over heads): "
+        verdict=f"A state stays changed {median:.2g} times as long as the head's own decay predicts (median "
+        "over heads): "
         "what is above 1 is fed by other heads and paths. Described, not tested.",
     )
     return state_finding, ratio_finding
@@ -224,10 +227,11 @@ def _carried(measurement: Measurement, path: str, resampling: dict[str, int]) ->
         interval=ratio_interval(lost_N, whole_N, **resampling),
         null="the path's memory of the token makes no difference (sign flips over texts)",
         null_value=0.0,
-        p_value=sign_flip_p_value(lost_N, **resampling),
+        p_value=sign_flip_p_value(lost_N, two_sided=True, **resampling),
         n=len(whole_N),
         n_unit="texts",
-        verdict=f"Of the change {first} to {last} tokens later {share:.0%} goes when the {path} forgets the token; its "
+        verdict=f"Of the change {first} to {last} tokens later {share:.0%} goes when the {path} forgets the "
+        "token; its "
         f"memory alone brings {alone:.0%} of it about.",
         causal=Effect(
             description=f"the {path}'s memory alone is that of the run with the replaced token",

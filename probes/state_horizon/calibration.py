@@ -17,8 +17,8 @@ _NUM_RESAMPLINGS = 999
 
 
 def planted_model(seed: int) -> tuple[HydraForCausalLM, np.ndarray]:
-    """One block of 16 ssm heads with half-lives from 2 to 32 tokens, dealt out at random, whatever the tokens are; beside
-    it an attention that adds little. Returns the model and the half-lives [H]."""
+    """One block of 16 ssm heads with half-lives from 2 to 32 tokens, dealt out at random, whatever the tokens
+    are; beside it an attention that adds little. Returns the model and the half-lives [H]."""
     torch.manual_seed(seed)
     config = HydraConfig.from_preset(
         "nano",
@@ -61,8 +61,8 @@ def followed(model: HydraForCausalLM, seed: int) -> Measurement:
 
 
 def finds_planted(seed: int) -> bool:
-    """Both half-lives are claimed to follow the decays, the states' half-lives are right within a fifth (median), and the
-    ssm is claimed to carry the token, the attention not to carry more."""
+    """Both half-lives are claimed to follow the decays, the states' half-lives are right within a fifth
+    (median), and the ssm is claimed to carry the token, the attention not to carry more."""
     model, half_life_H = planted_model(seed)
     measurement = followed(model, seed)
     found = {

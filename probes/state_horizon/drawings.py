@@ -54,7 +54,8 @@ def output_change(measurement: Measurement, *, theme: Theme = "light") -> go.Fig
     return finish(
         figure,
         title="How long a replaced token changes the output",
-        subtitle=f"mean over {counted(len(measurement.output_change), 'text')}, then over bins of distance; memories are "
+        subtitle=f"mean over {counted(len(measurement.output_change), 'text')}, then over bins of distance; "
+        "memories are "
         f"exchanged {counted(measurement.settled, 'token')} after it; below {_FLOOR:g} drawn there",
         theme=theme,
         height=420,
@@ -133,7 +134,8 @@ def half_lives(measurement: Measurement, found: Horizon, *, theme: Theme = "ligh
     return finish(
         figure,
         title="Half-life of a change, measured against predicted",
-        subtitle="filled: difference of the head's state between the two runs; open: change of the output where only this "
+        subtitle="filled: difference of the head's state between the two runs; open: change of the output "
+        "where only this "
         f"head's state differs<br>means over {counted(len(measurement.output_change), 'text')}; "
         f"{counted(len(predicted_H), 'head')}; endless or longer than {ends[1]:.0f} tokens drawn at the top",
         theme=theme,

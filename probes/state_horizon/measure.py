@@ -1,6 +1,7 @@
 """What the study asks of the model: one token is replaced, and what changes after it is followed.
 
-Shape suffixes: N texts, D distances, H ssm heads of all blocks, M distances at which states are compared, L positions,
+Shape suffixes: N texts, D distances, H ssm heads of all blocks, M distances at which states are compared, L
+    positions,
 T tokens, V vocabulary.
 """
 
@@ -36,10 +37,12 @@ class Measurement:
         decay_half_life: [H] tokens, ln 2 over the mean decay rate that the tap `ssm.state` reports after the token.
         state_distance: [M] distances at which states are compared; the first is `settled - 1`.
         state_change: [N, M, H] Frobenius norm of the difference between the two runs' states.
-        output_change: [N, D] divergence of the next-token distribution between the two runs, nats, at distances 0, 1, ..
+        output_change: [N, D] divergence of the next-token distribution between the two runs, nats, at
+            distances 0, 1, ..
         head_change: [H, N, D - settled] the same where only this head's state comes from the run with the replaced
             token, at distances settled, settled + 1, ..
-        kept_by: path -> [N, D - settled] the same where the path's memory alone comes from the run with the replaced token.
+        kept_by: path -> [N, D - settled] the same where the path's memory alone comes from the run with the
+            replaced token.
         left_without: path -> [N, D - settled] the same where all but the path's memory come from it.
     """
 
@@ -160,9 +163,7 @@ def _measure_batch(
         ends.append(min(2 * ends[-1], num_tokens))
     runs = [_read_in_pieces(model, ids[:, context:], before, ends) for ids in (texts_NL, replaced_NL)]
     (intact_NTV, intact), (changed_NTV, changed) = runs
-    state_change = [
-        _state_difference(mine, theirs) for mine, theirs in zip(intact, changed, strict=True)
-    ]
+    state_change = [_state_difference(mine, theirs) for mine, theirs in zip(intact, changed, strict=True)]
 
     rest_NT, later_NTV = texts_NL[:, context + settled :], intact_NTV[:, settled:]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra_lab.probing import Outcome, Probe, Study
-from hydra_lab.probing.settings import settings_from
 from probes.state_horizon import analysis, drawings
 from probes.state_horizon.measure import choose_texts, measure
 from probes.state_horizon.settings import Settings
@@ -19,7 +18,7 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
     Raises:
         ValueError: a setting is wrong, or too few samples are long enough.
     """
-    chosen = settings_from(Settings, settings)
+    chosen = Settings(**settings)
     texts = choose_texts(
         probe.samples,
         num_samples=chosen.num_samples,
@@ -44,9 +43,11 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
         ),
         figures=drawings.draw(measurement, found),
         notes=(
-            f"The change was followed for {chosen.horizon} tokens after {chosen.context} tokens of context; a half-life "
+            f"The change was followed for {chosen.horizon} tokens after {chosen.context} tokens of context; "
+            "a half-life "
             "well above that is an extrapolation, and one of a state that did not fall at all counts as endless.",
-            "A state counts as changed as long as the two runs differ in it, whatever keeps the difference alive: its own "
+            "A state counts as changed as long as the two runs differ in it, whatever keeps the difference "
+            "alive: its own "
             "decay, or what other heads and paths write again.",
         ),
         tables={
@@ -67,11 +68,14 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
 
 STUDY = Study(
     name="state-horizon",
-    question="How far back does a token still change the output, and is that as far as the decays of the state predict?",
-    claim="A state-space head remembers for the half-life that its decay predicts, and the ssm carries what lies beyond "
+    question="How far back does a token still change the output, and is that as far as the decays of the "
+    "state predict?",
+    claim="A state-space head remembers for the half-life that its decay predicts, and the ssm carries what "
+    "lies beyond "
     "the attention's window.",
     null="Which head has which half-life is chance; a path's memory of the token makes no difference.",
-    causal_check="One token is replaced; then one path's or one head's memory alone is exchanged between the two runs.",
+    causal_check="One token is replaced; then one path's or one head's memory alone is exchanged between the "
+    "two runs.",
     run=run,
     config=Path(__file__).with_name("config.toml"),
     needs=("ssm",),

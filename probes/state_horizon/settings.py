@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from hydra_lab.probing.settings import check_at_least
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -21,6 +19,7 @@ class Settings:
     """Texts per forward pass; does not change the result."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "context", "num_resamplings", "batch_size")
-        check_at_least(self, 2, "num_samples")
-        check_at_least(self, 8, "horizon")
+        least = {"num_samples": 2, "context": 1, "horizon": 8, "num_resamplings": 1, "batch_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {value}")
