@@ -102,9 +102,8 @@ def _accuracy(answers: Answers, asked: Ints, resampling: dict[str, int]) -> Find
         n=len(own_N),
         n_unit="problems",
         verdict=f"With {answers.distance} tokens in between, {own_N.mean():.0%} of the answers are right (a "
-        "blind choice "
-        f"among the values: {1 / num_pairs:.0%}); with the attention cut while the question is read, "
-        f"{without_N.mean():.0%}.",
+        f"blind choice among the values: {1 / num_pairs:.0%}); with the attention cut while the question is "
+        f"read, {without_N.mean():.0%}.",
         causal=Effect(
             description="attention cut while the question is read: accuracy that goes",
             estimate=float(lost_N.mean()),
@@ -131,9 +130,9 @@ def _hits(answers: Answers, y: int, asked: Ints, resampling: dict[str, int]) -> 
         p_value=test.p_value,
         n=len(own_N),
         n_unit="problems",
-        verdict=f"With {answers.distance} tokens in between, a head of block {layer} selects the premise's block for "
-        f"{own_N.mean():.0%} of the questions, the block of another pair for {test.null_value:.0%} (at random among "
-        f"{answers.num_candidates} candidates: {chance:.1%}).",
+        verdict=f"With {answers.distance} tokens in between, a head of block {layer} selects the premise's "
+        f"block for {own_N.mean():.0%} of the questions, the block of another pair for "
+        f"{test.null_value:.0%} (at random among {answers.num_candidates} candidates: {chance:.1%}).",
         causal=Effect(
             description=f"the premise's block forbidden in block {layer}: lead of the right value over the "
             "others that goes",
@@ -166,8 +165,7 @@ def _changed(answers: Answers, intervention: str, asked: Ints, resampling: dict[
         n=len(gained_N),
         n_unit="problems",
         verdict=f"With {answers.distance} tokens in between and the {intervention}, {after_N.mean():.0%} of "
-        "the answers are "
-        f"right instead of {before_N.mean():.0%}.",
+        f"the answers are right instead of {before_N.mean():.0%}.",
         causal=Effect(
             description=f"{intervention}: change of accuracy",
             estimate=float((after_N - before_N).mean()),

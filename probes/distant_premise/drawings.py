@@ -50,8 +50,7 @@ def accuracy(answers: list[Answers], asked: Ints, *, theme: Theme = "light") -> 
         figure,
         title="Answers by distance of the premise",
         subtitle=f"mean over {counted(num_problems, 'problem')} with {counted(num_questions, 'question')} "
-        "each, bars 95% over "
-        f"problems; a choice among the {answers[0].score.shape[-1]} values of a problem",
+        f"each, bars 95% over problems; a choice among the {answers[0].score.shape[-1]} values of a problem",
         theme=theme,
         height=400,
     )
@@ -93,10 +92,9 @@ def selection(answers: list[Answers], asked: Ints, *, theme: Theme = "light") ->
     return finish(
         figure,
         title="What the attention selects when it is asked",
-        subtitle=f"selection of the question's last token; mean over {counted(num_problems, 'problem')} with "
-        f"{counted(num_questions, 'question')} each, bars 95% over problems; what the attention is worth "
-        "here: the figure of "
-        "the answers",
+        subtitle=f"selection of the question's last token; mean over {counted(num_problems, 'problem')} "
+        f"with {counted(num_questions, 'question')} each, bars 95% over problems; what the attention is "
+        "worth here: the figure of the answers",
         theme=theme,
         height=380,
     )

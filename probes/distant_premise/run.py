@@ -38,8 +38,7 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
         analysis.breaks_at(answers, problems.asked),
         "The filler is random common words, as in training, where it was 320 tokens at most.",
         f"Each problem is read once, and {chosen.num_questions} of its {chosen.num_pairs} pairs are asked "
-        "for at every "
-        "distance, so the distances share their problems.",
+        "for at every distance, so the distances share their problems.",
     ]
     if in_view:
         notes.append(
@@ -81,8 +80,7 @@ STUDY = Study(
     claim="The selection of blocks finds a premise at any distance.",
     null="What is selected, and what is answered, does not depend on which of the pairs is asked for.",
     causal_check="While the question is read, the premise's block is forbidden or forced, the attention is "
-    "cut, or the ssm "
-    "remembers another problem.",
+    "cut, or the ssm remembers another problem.",
     run=run,
     config=Path(__file__).with_name("config.toml"),
     needs=("attention",),

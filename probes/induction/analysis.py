@@ -46,8 +46,7 @@ def _gain(gain: CopyGain, resampling: dict[str, int]) -> Finding:
         n=len(gain.intact),
         n_unit="sequences",
         verdict=f"Having seen the target behind its cue lowers the loss by {mean:.2f} nats, from "
-        f"{loss + mean:.2f} to "
-        f"{loss:.2f}. Which path does it is what the cuts show.",
+        f"{loss + mean:.2f} to {loss:.2f}. Which path does it is what the cuts show.",
     )
 
 
@@ -94,8 +93,7 @@ def _interaction(gain: CopyGain, cut: Cut, resampling: dict[str, int]) -> Findin
         n=len(beyond_N),
         n_unit="sequences",
         verdict=f"Cut together, {describe(cut)} take {abs(mean):.2f} nats {'more' if mean > 0 else 'less'} "
-        "than the sum of "
-        f"both cuts: {meaning}.",
+        f"than the sum of both cuts: {meaning}.",
         causal=Effect(
             description=f"{describe(cut)} both cut on the repeat: gain that goes",
             estimate=float(gain.lost(cut).mean()),

@@ -82,8 +82,7 @@ def gain_by_distance(random: list[CopyGain], *, theme: Theme = "light") -> go.Fi
         figure,
         title="Copying of random tokens",
         subtitle=f"mean over {counted(len(random[0].intact), 'sequence')} at each distance, bars 95% over "
-        "sequences; paths "
-        "are cut while the repeat is read",
+        "sequences; paths are cut while the repeat is read",
         theme=theme,
         height=380,
     )
@@ -106,8 +105,7 @@ def share_by_path(gains: list[CopyGain], *, theme: Theme = "light") -> go.Figure
         figure,
         title="What the cut of a path takes of the gain",
         subtitle=f"nats per target, mean over {counted(len(gains[0].intact), 'sequence')} of each kind; "
-        "below zero the gain "
-        "grew",
+        "below zero the gain grew",
         theme=theme,
         height=150 + 40 * len(cuts),
     )
@@ -150,9 +148,9 @@ def interactions(gain: CopyGain, *, theme: Theme = "light") -> go.Figure:
     return finish(
         figure,
         title=f"Two paths cut together: {gain.name}",
-        subtitle=f"nats per target beyond the sum of both cuts; mean over "
-        f"{counted(len(gain.intact), 'sequence')}; above "
-        "zero one stands in for the other, below it both are needed",
+        subtitle="nats per target beyond the sum of both cuts; mean over "
+        f"{counted(len(gain.intact), 'sequence')}; above zero one stands in for the other, below it both "
+        "are needed",
         theme=theme,
         height=140 + 40 * len(paths),
     )

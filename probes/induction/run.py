@@ -42,9 +42,9 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
         findings=analysis.findings([*random, recall], num_resamplings=chosen.num_resamplings, seed=seed),
         figures=drawings.draw(random, recall, by_block),
         notes=(
-            "A path is cut while the repeat is read. What it stored before, and what it wrote into keys and "
-            "states of the "
-            "first occurrence, is still there: the cut shows where the copying is done, not where it was prepared.",
+            "A path is cut while the repeat is read. What it stored before, and what it wrote into keys "
+            "and states of the first occurrence, is still there: the cut shows where the copying is done, "
+            "not where it was prepared.",
             "Random words are not what the model was trained on; the recall problems are.",
         ),
         tables={"gains": [_row(gain) for gain in [*random, recall]]},

@@ -167,14 +167,12 @@ def _half_lives(
         p_value=p_state,
         n=num_heads,
         n_unit="heads",
-        verdict=f"How long the heads' states stay changed goes with the half-lives that their decays predict "
-        "by a rank "
-        f"correlation of {state:.2f} (1 is the same order, 0 none); how long the output stays changed "
-        "through one head, "
-        f"by {output:.2f}.",
+        verdict="How long the heads' states stay changed goes with the half-lives that their decays "
+        f"predict by a rank correlation of {state:.2f} (1 is the same order, 0 none); how long the output "
+        f"stays changed through one head, by {output:.2f}.",
         causal=Effect(
-            description="only this head's state is taken from the other run: half-life of the change of the output, "
-            "against decay",
+            description="only this head's state is taken from the other run: half-life of the change of "
+            "the output, against decay",
             estimate=output,
             unit="rank correlation over heads",
             interval=output_interval,
@@ -183,7 +181,12 @@ def _half_lives(
     )
     both_H = np.isfinite(found.state_half_life) & np.isfinite(predicted_H) & (predicted_H > 0)
     log_ratio_H = np.log2(found.state_half_life[both_H] / predicted_H[both_H])
-    median = float(2 ** np.median(log_ratio_H)) if len(log_ratio_H) else float("nan")
+    median = _median_ratio(log_ratio_H)
+    layer_H = np.array([layer for layer, _ in measurement.heads])[both_H]
+    first, last = min(layer_H, default=0), max(layer_H, default=0)
+    first_median = _median_ratio(log_ratio_H[layer_H == first])
+    output_log_ratio_H = np.log2(found.output_half_life[both_H] / predicted_H[both_H])[layer_H == last]
+    output_log_ratio_H = output_log_ratio_H[np.isfinite(output_log_ratio_H)]
     ratio_finding = Finding(
         name="heads: measured over predicted half-life",
         estimate=median,
@@ -194,10 +197,23 @@ def _half_lives(
         n=len(log_ratio_H),
         n_unit="heads with a finite half-life",
         verdict=f"A state stays changed {median:.2g} times as long as the head's own decay predicts (median "
-        "over heads): "
-        "what is above 1 is fed by other heads and paths. Described, not tested.",
+        f"over heads); in block {first}, whose input differs at the replaced token alone, "
+        f"{first_median:.2g} times. What is above 1 is fed by earlier blocks, which still differ. "
+        "Described, not tested.",
+        causal=Effect(
+            description=f"only a head's state of block {last}, behind which nothing passes it on, is taken "
+            "from the other run: half-life of the change of the output over the predicted one, median over "
+            "its heads",
+            estimate=_median_ratio(output_log_ratio_H),
+            unit="ratio",
+            interval=_median_interval(output_log_ratio_H, **resampling),
+        ),
     )
     return state_finding, ratio_finding
+
+
+def _median_ratio(log_ratio_H: Floats) -> float:
+    return float(2 ** np.median(log_ratio_H)) if len(log_ratio_H) else float("nan")
 
 
 def _median_interval(log_ratio_H: Floats, *, num_resamplings: int, seed: int) -> tuple[float, float]:
@@ -231,8 +247,7 @@ def _carried(measurement: Measurement, path: str, resampling: dict[str, int]) ->
         n=len(whole_N),
         n_unit="texts",
         verdict=f"Of the change {first} to {last} tokens later {share:.0%} goes when the {path} forgets the "
-        "token; its "
-        f"memory alone brings {alone:.0%} of it about.",
+        f"token; its memory alone brings {alone:.0%} of it about.",
         causal=Effect(
             description=f"the {path}'s memory alone is that of the run with the replaced token",
             estimate=alone,

@@ -45,18 +45,22 @@ def output_change(measurement: Measurement, *, theme: Theme = "light") -> go.Fig
                 "x": np.log10(measurement.window),
             },
         )
-    figure.update_xaxes(title_text="tokens after the replaced one (log scale)", type="log")
+    ticks = [2**power for power in range(1, 12) if measurement.later[0] <= 2**power <= measurement.later[-1]]
+    figure.update_xaxes(
+        title_text="tokens after the replaced one (log scale)", type="log", tickvals=ticks, ticktext=ticks
+    )
     figure.update_yaxes(
         title_text="change of the next-token distribution<br>(KL divergence, nats, log scale)",
         type="log",
         exponentformat="power",
+        dtick=1,
     )
     return finish(
         figure,
         title="How long a replaced token changes the output",
         subtitle=f"mean over {counted(len(measurement.output_change), 'text')}, then over bins of distance; "
-        "memories are "
-        f"exchanged {counted(measurement.settled, 'token')} after it; below {_FLOOR:g} drawn there",
+        f"memories are exchanged {counted(measurement.settled, 'token')} after it; below {_FLOOR:g} drawn "
+        "there",
         theme=theme,
         height=420,
     )
@@ -129,15 +133,17 @@ def half_lives(measurement: Measurement, found: Horizon, *, theme: Theme = "ligh
                     "%{customdata[1]}<extra></extra>",
                 )
             )
-    figure.update_xaxes(title_text="half-life that the decay predicts (tokens, log scale)", type="log")
-    figure.update_yaxes(title_text="measured half-life (tokens, log scale)", type="log")
+    ticks = [1, 3, 10, 30, 100, 300, 1000, 3000]
+    axis = {"type": "log", "tickvals": ticks, "ticktext": ticks}
+    figure.update_xaxes(title_text="half-life that the decay predicts (tokens, log scale)", **axis)
+    figure.update_yaxes(title_text="measured half-life (tokens, log scale)", **axis)
     return finish(
         figure,
         title="Half-life of a change, measured against predicted",
         subtitle="filled: difference of the head's state between the two runs; open: change of the output "
-        "where only this "
-        f"head's state differs<br>means over {counted(len(measurement.output_change), 'text')}; "
-        f"{counted(len(predicted_H), 'head')}; endless or longer than {ends[1]:.0f} tokens drawn at the top",
+        "where only this head's state differs<br>means over "
+        f"{counted(len(measurement.output_change), 'text')}; {counted(len(predicted_H), 'head')}; endless "
+        f"or longer than {ends[1]:.0f} tokens drawn at the top",
         theme=theme,
         height=460,
     )

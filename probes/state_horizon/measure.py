@@ -86,8 +86,8 @@ def choose_texts(samples: Samples, *, num_samples: int, size: int, seed: int) ->
         chosen += [rows.pop() for rows in waiting.values() if rows]
     if len(chosen) < 2:
         raise ValueError(
-            f"{len(chosen)} of {len(samples)} samples have the {size} tokens that context and horizon ask for; the "
-            f"longest has {int(samples.length.max())}, and the study needs at least 2"
+            f"{len(chosen)} of {len(samples)} samples have the {size} tokens that context and horizon ask "
+            f"for; the longest has {int(samples.length.max())}, and the study needs at least 2"
         )
     return samples.tokens[chosen[:num_samples], :size]
 
@@ -165,7 +165,9 @@ def _measure_batch(
     (intact_NTV, intact), (changed_NTV, changed) = runs
     state_change = [_state_difference(mine, theirs) for mine, theirs in zip(intact, changed, strict=True)]
 
-    rest_NT, later_NTV = texts_NL[:, context + settled :], intact_NTV[:, settled:]
+    # In one piece, as the runs that are compared with it: other pieces are other roundings, which a router may magnify.
+    rest_NT = texts_NL[:, context + settled :]
+    later_NTV, _ = read_on(model, rest_NT, intact[0])
 
     def change_with(memory: HydraCache) -> Floats:
         return divergence(later_NTV, read_on(model, rest_NT, memory)[0])

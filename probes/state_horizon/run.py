@@ -44,11 +44,10 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
         figures=drawings.draw(measurement, found),
         notes=(
             f"The change was followed for {chosen.horizon} tokens after {chosen.context} tokens of context; "
-            "a half-life "
-            "well above that is an extrapolation, and one of a state that did not fall at all counts as endless.",
+            "a half-life well above that is an extrapolation, and one of a state that did not fall at all "
+            "counts as endless.",
             "A state counts as changed as long as the two runs differ in it, whatever keeps the difference "
-            "alive: its own "
-            "decay, or what other heads and paths write again.",
+            "alive: its own decay, or what other heads and paths write again.",
         ),
         tables={
             "heads": [
@@ -70,12 +69,11 @@ STUDY = Study(
     name="state-horizon",
     question="How far back does a token still change the output, and is that as far as the decays of the "
     "state predict?",
-    claim="A state-space head remembers for the half-life that its decay predicts, and the ssm carries what "
-    "lies beyond "
-    "the attention's window.",
+    claim="A state-space head remembers for the half-life that its decay predicts, and the ssm carries "
+    "what lies beyond the attention's window.",
     null="Which head has which half-life is chance; a path's memory of the token makes no difference.",
-    causal_check="One token is replaced; then one path's or one head's memory alone is exchanged between the "
-    "two runs.",
+    causal_check="One token is replaced; then one path's or one head's memory alone is exchanged between "
+    "the two runs.",
     run=run,
     config=Path(__file__).with_name("config.toml"),
     needs=("ssm",),
