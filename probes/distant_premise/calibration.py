@@ -73,7 +73,7 @@ def _model(seed: int, *, tokens_hold_pairs: bool) -> HydraForCausalLM:
     keys = torch.eye(_SIZE)[:_NUM_PAIRS]
     values = torch.nn.functional.normalize(torch.randn(_NUM_VALUES, _SIZE), dim=-1)
     with torch.no_grad():
-        embedding = model.model.embed_tokens.weight
+        embedding = model.get_parameter("model.embed_tokens.weight")
         embedding.zero_()
         embedding[:_NUM_FILLERS, filler].normal_()
         embedding[_PAIRS:_QUESTIONS, key] = keys.repeat_interleave(_NUM_VALUES, dim=0)

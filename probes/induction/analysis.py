@@ -42,7 +42,7 @@ def _gain(gain: CopyGain, resampling: dict[str, int]) -> Finding:
         interval=mean_interval(gain.intact, **resampling),
         null="other cues before the same targets serve as well (sign flips over sequences)",
         null_value=0.0,
-        p_value=sign_flip_p_value(gain.intact, **resampling),
+        p_value=sign_flip_p_value(gain.intact, two_sided=False, **resampling),
         n=len(gain.intact),
         n_unit="sequences",
         verdict=f"Having seen the target behind its cue lowers the loss by {mean:.2f} nats, from "

@@ -66,10 +66,12 @@ def copying_model(path: str, seed: int) -> HydraForCausalLM:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.zero_()
-        model.model.embed_tokens.weight[:, :_NUM_WORDS] = words
-        model.model.embed_tokens.weight[:, _CONSTANT] = 1.0
+        embedding = model.get_parameter("model.embed_tokens.weight")
+        embedding[:, :_NUM_WORDS] = words
+        embedding[:, _CONSTANT] = 1.0
         mixer.in_proj.weight[:inner, _CONSTANT] = 1.0  # z: the gate is open
         mixer.in_proj.weight[inner : inner + _NUM_WORDS, :_NUM_WORDS] = words  # x: the token
+        assert mixer.conv1d.bias is not None
         mixer.conv1d.bias.zero_()
         mixer.A_log.fill_(math.log(1e-3))  # next to no decay
         mixer.dt_bias.fill_(math.log(math.expm1(1.0)))
@@ -105,7 +107,7 @@ def random_model(seed: int) -> HydraForCausalLM:
         _config(vocab_size=2000, hidden_size=32, ssm_head_dim=16, ssm_state_size=16)
     ).eval()
     with torch.no_grad():
-        model.model.embed_tokens.weight.normal_(std=0.5)
+        model.get_parameter("model.embed_tokens.weight").normal_(std=0.5)
         for block in model.model.blocks:
             for name, parameter in block.named_parameters():
                 if name.endswith(("o_proj.weight", "out_proj.weight")):

@@ -92,8 +92,14 @@ def random_episodes(
     control[:, 0:repeat:2] = fresh
     scored = np.zeros((num_sequences, repeat), dtype=bool)
     scored[:, 1::2] = True
-    rows = [Rows.of(each.tolist()) for each in (context, control, context[:, :repeat])]
-    return Episodes(f"random tokens, {distance} apart", float(distance), *rows, scored)
+    return Episodes(
+        name=f"random tokens, {distance} apart",
+        distance=float(distance),
+        context=Rows.of(context.tolist()),
+        control=Rows.of(control.tolist()),
+        repeat=Rows.of(context[:, :repeat].tolist()),
+        scored=scored,
+    )
 
 
 def recall_episodes(
@@ -128,8 +134,14 @@ def recall_episodes(
         scored.append(targets)
     size = max(map(len, scored))
     marks = np.array([row + [False] * (size - len(row)) for row in scored])
-    rows = [Rows.of(each) for each in (texts, controls, repeats)]
-    return Episodes(f"recall of {num_pairs} pairs", float(np.mean(distances)), *rows, marks)
+    return Episodes(
+        name=f"recall of {num_pairs} pairs",
+        distance=float(np.mean(distances)),
+        context=Rows.of(texts),
+        control=Rows.of(controls),
+        repeat=Rows.of(repeats),
+        scored=marks,
+    )
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

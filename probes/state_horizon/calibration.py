@@ -34,7 +34,7 @@ def planted_model(seed: int) -> tuple[HydraForCausalLM, np.ndarray]:
     ssm = model.model.blocks[0].ssm
     half_life = torch.logspace(1, 5, ssm.num_heads, base=2.0)[torch.randperm(ssm.num_heads)]
     with torch.no_grad():
-        model.model.embed_tokens.weight.normal_()
+        model.get_parameter("model.embed_tokens.weight").normal_()
         ssm.in_proj.weight.normal_(std=0.5)
         ssm.in_proj.weight[-ssm.num_heads :] = 0.0  # the step size is the same at every token
         ssm.dt_bias.fill_(math.log(math.expm1(_STEP_SIZE)))

@@ -11,18 +11,18 @@ from hydra_lab.data.tokenizer import train_tokenizer
 from hydra_lab.probing import Probe
 from probes.induction import analysis, calibration, run
 from probes.induction.episodes import random_episodes, recall_episodes, whole_words
-from probes.induction.measure import block_cuts, copy_gain, pair_cuts, path_cuts
+from probes.induction.measure import CopyGain, block_cuts, copy_gain, path_cuts
 from probes.induction.settings import Settings
 from tests.helpers import lively_model
 
 SETTINGS = {
     "distances": [8, 16],
     "block_distance": 16,
-    "num_sequences": 4,
+    "num_sequences": 2,
     "repeat": 8,
     "num_pairs": 3,
     "num_resamplings": 99,
-    "batch_size": 3,
+    "batch_size": 2,
 }
 
 
@@ -88,14 +88,19 @@ def test_gain_and_cuts_are_those_of_whole_texts() -> None:
     assert all(np.abs(lost).max() > 1e-4 for lost in map(gain.lost, gain.under))
 
 
-def test_interaction_of_paths_that_do_the_same_work() -> None:
-    """Where only one path copies, the other's cut adds nothing: no interaction. 2% of the gain for the noise."""
-    model = calibration.copying_model("attention", 1)
-    episodes = random_episodes(np.arange(40), num_sequences=4, distance=16, repeat=8, seed=0)
-    (pair,) = pair_cuts(model)
-    gain = copy_gain(model, episodes, [*path_cuts(model), pair], batch_size=4)
-    assert gain.intact.mean() > 3 and gain.lost((("attention", None),)).mean() > 0.9 * gain.intact.mean()
-    assert abs(analysis.interaction(gain, pair).mean()) < 0.02 * gain.intact.mean()
+@pytest.mark.parametrize(
+    ("first", "second", "both", "expected"),
+    [(3.0, 1.0, 0.0, 0.0), (4.0, 4.0, 0.0, 4.0), (0.0, 0.0, 0.0, -4.0)],
+    ids=["they add up", "one stands in for the other", "both are needed"],
+)
+def test_interaction_by_hand(first: float, second: float, both: float, expected: float) -> None:
+    """Of a gain of 4 nats `first`, `second` and `both` are left under the cuts."""
+    one, other = ("ssm", None), ("attention", None)
+    left = {(one,): first, (other,): second, (one, other): both}
+    gain = CopyGain(
+        "", 8.0, np.zeros(2), np.full(2, 4.0), {cut: np.full(2, value) for cut, value in left.items()}
+    )
+    np.testing.assert_array_equal(analysis.interaction(gain, (one, other)), [expected] * 2)
 
 
 def test_the_study_leaves_the_model_as_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
