@@ -65,7 +65,8 @@ def _lost(gain: CopyGain, cut: Cut, resampling: dict[str, int]) -> Finding:
         p_value=sign_flip_p_value(lost_N, two_sided=True, **resampling),
         n=len(lost_N),
         n_unit="sequences",
-        verdict=f"Cutting the {describe(cut)} while the repeat is read takes {share:.0%} of the gain.",
+        verdict=f"Cutting the {describe(cut)} while the repeat is read takes {round(share, 2) + 0.0:.0%} of "
+        "the gain.",
         causal=Effect(
             description=f"{describe(cut)} cut on the repeat: gain that goes",
             estimate=float(lost_N.mean()),
@@ -79,21 +80,24 @@ def _lost(gain: CopyGain, cut: Cut, resampling: dict[str, int]) -> Finding:
 def _interaction(gain: CopyGain, cut: Cut, resampling: dict[str, int]) -> Finding:
     beyond_N = interaction(gain, cut)
     mean = float(beyond_N.mean())
-    meaning = (
-        "one stands in for the other" if mean > 0 else "what one takes needs the other, so it cannot go twice"
-    )
+    low, high = mean_interval(beyond_N, **resampling)
+    if low <= 0 <= high:
+        said = "as much as the sum of both cuts, within the uncertainty"
+    elif mean > 0:
+        said = f"{mean:.2f} nats more than the sum of both cuts: one stands in for the other"
+    else:
+        said = f"{-mean:.2f} nats less than the sum of both cuts: the copying needs both, and cannot go twice"
     return Finding(
         name=f"{gain.name}: interaction of {describe(cut)}",
         estimate=mean,
         unit="nats per target",
-        interval=mean_interval(beyond_N, **resampling),
+        interval=(low, high),
         null="the two cuts add up (sign flips over sequences)",
         null_value=0.0,
         p_value=sign_flip_p_value(beyond_N, two_sided=True, **resampling),
         n=len(beyond_N),
         n_unit="sequences",
-        verdict=f"Cut together, {describe(cut)} take {abs(mean):.2f} nats {'more' if mean > 0 else 'less'} "
-        f"than the sum of both cuts: {meaning}.",
+        verdict=f"Cut together, {describe(cut)} take {said}.",
         causal=Effect(
             description=f"{describe(cut)} both cut on the repeat: gain that goes",
             estimate=float(gain.lost(cut).mean()),

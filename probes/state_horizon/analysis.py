@@ -246,8 +246,8 @@ def _carried(measurement: Measurement, path: str, resampling: dict[str, int]) ->
         p_value=sign_flip_p_value(lost_N, two_sided=True, **resampling),
         n=len(whole_N),
         n_unit="texts",
-        verdict=f"Of the change {first} to {last} tokens later {share:.0%} goes when the {path} forgets the "
-        f"token; its memory alone brings {alone:.0%} of it about.",
+        verdict=f"Of the change {first} to {last} tokens later {round(share, 2) + 0.0:.0%} goes when the "
+        f"{path} forgets the token; its memory alone brings {alone:.0%} of it about.",
         causal=Effect(
             description=f"the {path}'s memory alone is that of the run with the replaced token",
             estimate=alone,
