@@ -176,19 +176,18 @@ def _changed(answers: Answers, intervention: str, asked: Ints, resampling: dict[
 
 
 def breaks_at(answers: list[Answers], asked: Ints) -> str:
-    """One sentence: how far the model still answers, and from where on it guesses."""
-    num_pairs = answers[0].score.shape[-1]
-    intervals = {each.distance: mean_interval(is_right(each.score, asked).mean(axis=1)) for each in answers}
-    good = [each.distance for each in answers if is_right(each.score, asked).mean() >= 0.5]
-    guessing = [distance for distance, (low, _) in intervals.items() if low <= 1 / num_pairs]
+    """One sentence: how far the model still answers, and where it guesses."""
+    chance = 1 / answers[0].score.shape[-1]
+    right = {each.distance: is_right(each.score, asked).mean(axis=1) for each in answers}
+    good = [distance for distance, share_N in right.items() if share_N.mean() >= 0.5]
+    guessing = [distance for distance, share_N in right.items() if mean_interval(share_N)[0] <= chance]
     reach = (
-        f"Half of the answers or more are right up to {max(good)} tokens"
-        if good
-        else "Nowhere is half of the answers right"
+        f"at least half of the answers are right up to {max(good)} tokens" if good else "never half are right"
     )
     end = (
-        f"its accuracy is not above chance at {', '.join(map(str, guessing))}"
+        f"not above chance at {', '.join(map(str, guessing))}"
         if guessing
-        else "it is above chance everywhere"
+        else "above chance at every distance"
     )
-    return f"{reach}; {end}."
+    last = answers[-1].distance
+    return f"Accuracy by distance: {reach}, {right[last].mean():.0%} at {last}; {end}."

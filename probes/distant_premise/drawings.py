@@ -43,7 +43,7 @@ def accuracy(answers: list[Answers], asked: Ints, *, theme: Theme = "light") -> 
             width=1.6,
         )
     chance = 1 / answers[0].score.shape[-1]
-    _add_chance(figure, chance, "blind choice", theme)
+    _add_reference(figure, answers, [chance] * len(answers), "blind choice", theme)
     _finish_axes(figure, answers, "right answers (share of questions)")
     num_problems, num_questions = answers[0].is_exact.shape
     return finish(
@@ -78,23 +78,16 @@ def selection(answers: list[Answers], asked: Ints, *, theme: Theme = "light") ->
                 dash=dash,
             )
     num_heads = answers[0].selected.shape[3]
-    figure.add_trace(
-        go.Scatter(
-            x=[each.distance for each in shown],
-            y=[1 - (1 - chance_of_selection(each)) ** num_heads for each in shown],
-            mode="lines",
-            name="at random among the candidates",
-            line={"color": muted_colour(theme), "dash": "dash"},
-        )
-    )
+    at_random = [1 - (1 - chance_of_selection(each)) ** num_heads for each in shown]
+    _add_reference(figure, shown, at_random, "at random among the candidates", theme)
     _finish_axes(figure, answers, "premise's block selected<br>by a head (share of questions)")
     num_problems, num_questions = answers[0].is_exact.shape
     return finish(
         figure,
         title="What the attention selects when it is asked",
-        subtitle=f"selection of the question's last token; mean over {counted(num_problems, 'problem')} "
-        f"with {counted(num_questions, 'question')} each, bars 95% over problems; what the attention is "
-        "worth here: the figure of the answers",
+        subtitle=f"selection of the question's last token; mean over {counted(num_problems, 'problem')} with "
+        f"{counted(num_questions, 'question')} each,<br>bars 95% over problems; what the attention is worth: see "
+        "the answers without it",
         theme=theme,
         height=380,
     )
@@ -133,11 +126,18 @@ def _add_line(
     )
 
 
-def _add_chance(figure: go.Figure, chance: float, name: str, theme: Theme) -> None:
-    figure.add_hline(
-        y=chance,
-        line={"color": muted_colour(theme), "dash": "dash", "width": 1},
-        annotation={"text": name, "font": {"size": 11, "color": muted_colour(theme)}},
+def _add_reference(
+    figure: go.Figure, answers: list[Answers], share: list[float], name: str, theme: Theme
+) -> None:
+    figure.add_trace(
+        go.Scatter(
+            x=[each.distance for each in answers],
+            y=share,
+            mode="lines",
+            name=name,
+            line={"color": muted_colour(theme), "dash": "dash"},
+            hovertemplate=f"{name}, %{{x}} tokens: %{{y:.1%}}<extra></extra>",
+        )
     )
 
 
