@@ -108,7 +108,9 @@ def test_the_study_leaves_the_model_as_it_was() -> None:
     tokenizer = train_tokenizer(["abc 123"], vocabulary_size=260)
     model = lively_model(vocab_size=len(tokenizer))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    outcome = run.STUDY.run(probe_of(model, tokenizer), dict(SETTINGS))
+    outcome = run.STUDY.run(
+        Probe(model=model, tokenizer=tokenizer, name="lively", samples=samples_of(8, 40)), dict(SETTINGS)
+    )
     names = [each.name for each in outcome.findings]
     assert len(names) == 7 and "workspace: share of the far change that its memory carries" in names
     assert list(outcome.figures) == ["output_change", "half_lives"]
@@ -143,7 +145,3 @@ def samples_of(num_samples: int, size: int) -> Samples:
         np.full(num_samples, size),
         ("low", "high") * (num_samples // 2),
     )
-
-
-def probe_of(model: object, tokenizer: object) -> Probe:
-    return Probe(model=model, tokenizer=tokenizer, name="lively", samples=samples_of(8, 40))  # pyright: ignore
