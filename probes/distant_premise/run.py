@@ -18,10 +18,13 @@ def run(probe: Probe, settings: dict[str, Any]) -> Outcome:
     """Measure `probe.model`; `settings` as in settings.py.
 
     Raises:
-        ValueError: a setting is wrong, or recall problems cannot be written in this tokenizer.
+        ValueError: a setting is wrong, the attention selects nothing, or recall problems cannot be written in this
+            tokenizer.
     """
     chosen = Settings(**settings)
     config = probe.model.config
+    if config.attention_num_selected == 0:
+        raise ValueError("the attention of this model selects no blocks (attention_num_selected=0)")
     problems = make_problems(
         probe.tokenizer,
         probe.samples,

@@ -123,7 +123,7 @@ def _fall(measurement: Measurement, found: Horizon, resampling: dict[str, int]) 
         )
         verdict = (
             f"A replaced token changes the next-token distribution by {told} tokens after it; "
-            f"{last / near:.1%} of the first is left at the end of what was followed."
+            f"{last / near:.2%} of the first is left at the end of what was followed."
         )
     return Finding(
         name="output: change against distance",

@@ -121,6 +121,9 @@ def test_the_study_leaves_the_model_as_it_was(tokenizer: PreTrainedTokenizerFast
 
 
 def test_bad_input_gives_one_line(tokenizer: PreTrainedTokenizerFast, samples: Samples) -> None:
+    blind = lively_model(vocab_size=len(tokenizer), attention_num_selected=0)
+    with pytest.raises(ValueError, match="selects no blocks"):
+        run.STUDY.run(Probe(model=blind, tokenizer=tokenizer, name="blind", samples=samples), dict(SETTINGS))
     size = {"num_problems": 2, "num_questions": 2, "largest_distance": 8, "seed": 0}
     with pytest.raises(ValueError, match="num_pairs=27 must be at most 26"):
         make_problems(tokenizer, samples, num_pairs=27, lead=16, **size)
