@@ -100,14 +100,21 @@ def copying_model(path: str, seed: int) -> HydraForCausalLM:
 
 
 def random_model(seed: int) -> HydraForCausalLM:
-    """Two blocks that carry tokens forward by both paths, at random: nothing is matched. So many words that
-    two sequences hardly share a pair, for a single random model is not quite indifferent to each pair."""
+    """Two blocks that carry tokens forward by both paths, at random: nothing is matched.
+
+    Output words of their own: where they are the input's, a random model that carries a token forward also raises
+    or lowers that very token a little, and the study is right to find it. And so many words that two sequences
+    hardly share a pair, since one random model is not quite indifferent to each pair.
+    """
     torch.manual_seed(seed)
     model = HydraForCausalLM(
-        _config(vocab_size=2000, hidden_size=32, ssm_head_dim=16, ssm_state_size=16)
+        _config(
+            vocab_size=2000, hidden_size=32, ssm_head_dim=16, ssm_state_size=16, tie_word_embeddings=False
+        )
     ).eval()
     with torch.no_grad():
         model.get_parameter("model.embed_tokens.weight").normal_(std=0.5)
+        model.lm_head.weight.normal_(std=0.5)
         for block in model.model.blocks:
             for name, parameter in block.named_parameters():
                 if name.endswith(("o_proj.weight", "out_proj.weight")):
