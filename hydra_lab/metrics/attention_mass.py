@@ -125,9 +125,9 @@ Masses = MassRecord | MassCounts
 def mass_record(capture: CaptureLike, *, samples: Rows = ALL) -> MassRecord:
     """Attention mass of all blocks that have attention, from a capture that was asked for the signal "mass"."""
     config = capture.attributes["config"]
-    mass = capture["mass"]["mass"].isel(sample=samples)
+    mass = capture.plain("mass")["mass"].isel(sample=samples)
     assert tuple(mass["kind"].to_numpy()) == KINDS
-    length = capture["tokens"]["length"].isel(sample=samples)
+    length = capture.plain("tokens")["length"].isel(sample=samples)
     return MassRecord(
         layers=layers_of(capture, "mass"),
         mass=mass.transpose("layer", "sample", "position", "query_head", "kind").to_numpy(),

@@ -37,7 +37,7 @@ def carry(
     decay_BCTH = grid.to_grid(decay_BLH).cumsum(dim=2)
     decayed_BCTH = decay_BCTH.exp()
     carried_BHPN = torch.zeros_like(difference_BCHPN[:, 0])
-    entering = []
+    entering: list[Tensor] = []
     for chunk in range(grid.num_chunks):
         entering.append(carried_BHPN)
         kept_BH = decayed_BCTH[:, chunk, -1]

@@ -114,7 +114,7 @@ def random_model(seed: int) -> HydraForCausalLM:
     ).eval()
     with torch.no_grad():
         model.get_parameter("model.embed_tokens.weight").normal_(std=0.5)
-        model.lm_head.weight.normal_(std=0.5)
+        model.get_parameter("lm_head.weight").normal_(std=0.5)
         for block in model.model.blocks:
             for name, parameter in block.named_parameters():
                 if name.endswith(("o_proj.weight", "out_proj.weight")):

@@ -50,6 +50,9 @@ CHUNK_SIZES = {"routing": "moe_chunk_size", "workspace": "workspace_chunk_size",
 class DrawnCapture(dict[str, xr.Dataset]):
     """A capture of random rows, with its summary taken in three commits."""
 
+    def plain(self, group: str) -> xr.Dataset:
+        return self[group]
+
     def __init__(self, shortest: int = 1, length: int = 19) -> None:
         rows = made.draw_rows(np.random.default_rng(3), 14, length=length, shortest=shortest)
         rows["tokens", "domain"] += 1
