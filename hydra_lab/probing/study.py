@@ -58,7 +58,8 @@ class Study:
         name: as the command line writes it: the folder with hyphens.
         question, claim, null, causal_check: one sentence each, for the report.
         run: measures; receives what it is given and the settings.
-        config: config.toml of the study, the defaults of its settings.
+        config: config.toml of the study, the defaults of its settings. `num_tokens` and `samples_per_domain`, where it
+            has them, also say how the samples are cut.
         needs: paths that a model must have to be studied ("moe", ...).
     """
 

@@ -262,6 +262,8 @@ def run_study(probe: Probe, settings: dict[str, Any]) -> Outcome:
             "them here than they hold.",
             "What is held along more directions than the probe found stays when these are taken out: a small causal "
             "effect does not say that the label is not used.",
+            f"The causal effect is taken against the mean of {settings['num_controls']} probes fitted to permuted "
+            "labels; its interval is over samples and leaves out that other such probes would give another mean.",
             "Depth and binding are asked of made problems (brackets and letters; four keys with values), domain and "
             "position of text.",
         ),

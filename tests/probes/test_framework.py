@@ -452,3 +452,53 @@ def test_the_studies_are_listed() -> None:
     result = CliRunner().invoke(app, ["probe", "list"])
     assert result.exit_code == 0
     assert [line.split(":")[0] for line in result.stdout.splitlines()] == study_names(ROOT)
+
+
+@pytest.fixture(scope="module")
+def without_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a model without experts, with its tokenizer and texts."""
+    directory = tmp_path_factory.mktemp("model")
+    model = planted.one_block_model(0, feature=planted.LETTERS, other=planted.DIGITS, moe_layers=[])
+    model.save_pretrained(directory)
+    tokenizer = planted.byte_tokenizer()
+    tokenizer.save_pretrained(directory)
+    samples = planted.letters_and_digits(np.random.default_rng(0), num_samples=24, num_chunks=4, purity=1.0)
+    lines = (
+        json.dumps({"text": tokenizer.decode(ids), "domain": domain})
+        for ids, domain in zip(samples.tokens, samples.domains, strict=True)
+    )
+    (directory / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def test_all_runs_what_fits_and_says_what_does_not(
+    without_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "no-such-browser"))
+    monkeypatch.setattr(
+        "hydra_lab.probing.runner.study_names", lambda _root: ["expert-ablation", "linear-probe"]
+    )
+    out = tmp_path / "out"
+    settings = ['tasks=["domain"]', "every=8", "num_tokens=32", "num_permutations=199", "num_controls=1"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    result = CliRunner().invoke(app, ["probe", "all", str(without_experts), "--out", str(out), *words])
+    assert result.exit_code == 0, result.output
+    assert "linear-probe: 2 of 2 findings shown" in result.stdout
+    assert "expert-ablation: skipped, the model has no block with moe" in result.stderr
+    assert StudyResult.read(out / "linear-probe" / "result.json").environment["commit"]
+    assert (out / "linear-probe" / "report.html").is_file()
+    text = visible_text((out / "report.html").read_text(encoding="utf-8"))
+    assert "expert-ablation was skipped : the model has no block with moe" in text
+
+
+def test_a_study_that_fails_is_told_and_the_others_run(
+    without_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydra_lab.probing.runner.study_names", lambda _root: ["linear-probe"])
+    arguments = ["probe", "all", str(without_experts), "--out", str(tmp_path / "out"), "--set", "every=64"]
+    result = CliRunner().invoke(app, [*arguments, "--set", "num_tokens=32"])
+    assert result.exit_code == 2
+    assert (
+        "linear-probe: domain: needs different labels and samples of at least every=64 tokens"
+        in result.stderr
+    )
