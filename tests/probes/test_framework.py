@@ -416,7 +416,7 @@ def test_every_study_is_complete(name: str) -> None:
 
 
 def test_unknown_studies_are_named() -> None:
-    with pytest.raises(ValueError, match="no study 'nosuch': there are expert-ablation"):
+    with pytest.raises(ValueError, match="no study 'nosuch': there are distant-premise, expert-ablation"):
         find_study(ROOT, "nosuch")
 
 
