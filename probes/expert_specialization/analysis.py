@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hydra_lab import metrics
 from hydra_lab.probing import Finding
+from hydra_lab.probing.resampling import rank_correlation
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -309,19 +310,6 @@ def _domain_means(values: Floats, codes: Ints, num_domains: int) -> Floats:
     """Mean over the samples of each domain: [..., N] -> [..., Z]."""
     member_NZ = (codes[:, None] == np.arange(num_domains)).astype(np.float64)
     return values @ (member_NZ / np.maximum(member_NZ.sum(axis=0), 1.0))
-
-
-def rank_correlation(first: Floats, second: Floats) -> float:
-    """Spearman's rank correlation of two vectors, ties at their mean rank; NaN where one is constant."""
-    ranks = [_ranks(first), _ranks(second)]
-    centred = [each - each.mean() for each in ranks]
-    norm = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
-    return float((centred[0] * centred[1]).sum()) / norm if norm > 0 else float("nan")
-
-
-def _ranks(values: Floats) -> Floats:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def test_an_expert_forced_to_a_domain_is_found(model: HydraForCausalLM, samples:
     seen = measure.observe(model, samples, classes, batch_size=5)
     assert (seen.routing.experts[0, ::2] == 2).all() and (seen.routing.experts[0, 1::2] == 0).all()
     assert (seen.heaviest[0, ::2] == 2).all()
-    assert set(seen.tokens_class[0]) == {measure.TOKEN_CLASSES.index("word piece")}
+    assert set(seen.tokens_class[0]) == {metrics.TOKEN_CLASSES.index("word piece")}
     increase = cost_of_each_expert(model, samples, seen.routing, batch_size=8, progress=quiet)
     assert (increase[0, 2, ::2] > 0.5).all() and (increase[0, 2, 1::2] == 0).all()
     assert (increase[0, [1, 3]] == 0).all()
@@ -265,10 +265,9 @@ def test_token_classes() -> None:
     classes = measure.token_classes(tokenizer)
     for text, name in (("a", "word piece"), ("7", "digit"), (";", "punctuation")):
         token = tokenizer.convert_tokens_to_ids(text)
-        assert measure.TOKEN_CLASSES[classes[token]] == name
+        assert metrics.TOKEN_CLASSES[classes[token]] == name
     (end,) = tokenizer.encode("<|endoftext|>")
-    assert measure.TOKEN_CLASSES[classes[end]] == "special"
-    assert measure._class_of(" the") == "word" and measure._class_of("\n  ") == "white space"
+    assert metrics.TOKEN_CLASSES[classes[end]] == "special"
 
 
 def test_too_few_samples_are_named(model: HydraForCausalLM, samples: Samples) -> None:
