@@ -20,8 +20,8 @@ from dashboards.shared.view import (
 from hydra_lab import figures, metrics
 from hydra_lab.capture import open_capture
 
-# Group of the capture (the path has the same name), readers of its summary and of its raw arrays, and the metrics (whose
-# figures have the same names).
+# Group of the capture (the path has the same name), readers of its summary and of its raw arrays, and the metrics
+# (whose figures have the same names).
 VIEWS = {
     "State space": (
         "ssm", metrics.summarized_states, metrics.state_record, ("state_norms", "half_life"),
