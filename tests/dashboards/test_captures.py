@@ -87,7 +87,7 @@ def test_what_needs_raw_arrays_names_the_command(open_app: OpenApp, captures: di
     assert not figures(app)
     (line,) = [each.value for each in app.info]
     folder = captures["summary"].parent
-    assert line.startswith("A choice of domains needs routing of every sample") and "\n" not in line
+    assert line.startswith("A choice of domains needs the raw arrays of routing") and "\n" not in line
     files = f"{folder}/code/text.txt {folder}/prose/text.txt"
     assert f"{files} --out NEW.zarr --sequence-length 64" in line
     assert line.endswith("--signal summary --signal routing`")
