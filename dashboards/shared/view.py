@@ -261,7 +261,9 @@ def has_group(opened: OpenCapture, group: str, path: str) -> bool:
     if not opened.layers_of(group):
         st.info(f"This model has no {path} path.")
     else:
-        st.info(f"This capture was made without the signal {group}: {capture_again(opened, group)}")
+        st.info(
+            f"This capture was made without the signal {group}: capture it again with {capture_again(opened, group)}"
+        )
     return False
 
 
@@ -274,21 +276,24 @@ def has_raw(opened: OpenCapture, group: str, what: str) -> bool:
     if group in opened.capture.groups:
         return True
     st.info(
-        f"{what} needs {group} of every sample, of which this capture keeps the summary alone: "
+        f"{what} needs the raw arrays of {group}, of which this capture keeps the summary alone: capture it again with "
         f"{capture_again(opened, group)}"
     )
     return False
 
 
 def capture_again(opened: OpenCapture, group: str) -> str:
-    """How to get a capture with `group` in full: the command that made this one, with that signal."""
+    """The command that made this capture, with the signal `group`."""
     attributes = opened.capture.attributes
     files = " ".join(shlex.quote(str(source["path"])) for source in attributes["sources"][:3])
     more = " ..." if len(attributes["sources"]) > 3 else ""
     changes = [str(from_dict(change)) for change in attributes.get("interventions", [])]
-    options = [f"--intervene {shlex.quote(change)}" for change in changes]
+    options = [f"--sequence-length {attributes['sequence_length']}"]
+    if attributes["limit_tokens"] is not None:
+        options.append(f"--limit-tokens {attributes['limit_tokens']}")
+    options += [f"--intervene {shlex.quote(change)}" for change in changes]
     options += [f"--signal {name}" for name in dict.fromkeys([*attributes["signals"], group])]
     return (
         f"`hydra-lab capture {attributes['model_name'] or 'MODEL'} {files}{more} --out NEW.zarr "
-        f"--sequence-length {attributes['sequence_length']} {' '.join(options)}`"
+        f"{' '.join(options)}`"
     )
