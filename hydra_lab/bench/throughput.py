@@ -181,7 +181,10 @@ class _Throughput:
         return self.prefills[name, earlier[-1]].median * (context / earlier[-1]) ** 2
 
     def decode(self) -> None:
-        """Time single tokens behind every context, contexts and models taking turns; on a GPU also as a graph."""
+        """Time single tokens behind every context, contexts and models taking turns; on a GPU also as a graph.
+
+        A turn is two tokens, of which the second is timed: one token after another, as in generation.
+        """
         calls: dict[str, Callable[[], Any]] = {}
         keys: dict[str, tuple[str, int]] = {}
         for name, context in self.caches:
@@ -194,6 +197,7 @@ class _Throughput:
             calls,
             device=self.plan.device,
             rounds=self.plan.decode_steps,
+            untimed=1,
             progress=partial(_tell, self.progress, "decoding, "),
         )
         for label, timing in timings.items():
@@ -206,9 +210,8 @@ class _Throughput:
         """Hydra's decode step behind a context, captured on the Triton backend."""
         model = self.models["hydra"]
         with use_backend("triton"):
-            return DecodeGraph(
-                model, self.caches["hydra", context].past_key_values, self.plan.decode_steps + 1
-            )
+            cache = self.caches["hydra", context].past_key_values
+            return DecodeGraph(model, cache, 2 * self.plan.decode_steps + 1)
 
     def _run_decode(self, name: str, context: int) -> None:
         out = self.caches[name, context]

@@ -96,6 +96,7 @@ def take_turns(
     rounds: int,
     least_seconds: float = 0.0,
     warm: bool = False,
+    untimed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Timing]:
     """Time several calls in one process, in rounds in which each has its turn; the order is turned each round.
@@ -106,6 +107,8 @@ def take_turns(
         rounds: turns of each.
         least_seconds: a turn repeats a call until it takes about this long.
         warm: the calls have run before; otherwise each runs once before the clock does.
+        untimed: calls at the beginning of each turn that are not timed: they bring back into the processor's caches what
+            the other contestants drove out.
         progress: told the name of each turn.
     """
     names = list(calls)
@@ -123,6 +126,8 @@ def take_turns(
             name = names[(turn + offset) % len(names)]
             if progress is not None:
                 progress(f"{name}: round {turn + 1} of {rounds}")
+            for _ in range(untimed):
+                calls[name]()
             seconds[name].append(_seconds(calls[name], repeats[name], device))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 

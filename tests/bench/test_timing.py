@@ -1,6 +1,7 @@
 """Turns, ratios and intervals on times whose answer is known, and memory that was really taken."""
 
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,19 @@ def test_everyone_has_a_turn_in_every_round_and_nobody_is_always_first() -> None
     timings = take_turns(calls, device=CPU, rounds=3)
     assert order == list("abc") + list("abc") + list("bca") + list("cab")
     assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_what_begins_a_turn_untimed_is_not_counted() -> None:
+    """The first call of each turn is slow, as one that finds its data gone from the caches."""
+    calls = 0
+
+    def call() -> None:
+        nonlocal calls
+        time.sleep(0.02 * (calls % 2 == 0))
+        calls += 1
+
+    timing = take_turns({"call": call}, device=CPU, rounds=3, warm=True, untimed=1)["call"]
+    assert calls == 6 and max(timing.seconds) < 0.01
 
 
 def test_a_short_call_is_repeated() -> None:
