@@ -107,8 +107,8 @@ def take_turns(
         rounds: turns of each.
         least_seconds: a turn repeats a call until it takes about this long.
         warm: the calls have run before; otherwise each runs once before the clock does.
-        untimed: calls at the beginning of each turn that are not timed: they bring back into the processor's caches what
-            the other contestants drove out.
+        untimed: calls at the beginning of each turn that are not timed: they bring back into the processor's caches
+            what the other contestants drove out.
         progress: told the name of each turn.
     """
     names = list(calls)
