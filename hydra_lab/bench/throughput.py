@@ -158,8 +158,8 @@ class _Throughput:
         timings = take_turns(
             calls, device=self.plan.device, rounds=self.plan.rounds, warm=True, progress=told
         )
+        self.prefills |= {(name, context): timing for name, timing in timings.items()}
         for name, timing in timings.items():
-            self.prefills[name, context] = timing
             self._add_row("prefill", name, context, timing, tokens=context)
 
     def _run_prefill(self, name: str, context: int) -> None:
@@ -200,9 +200,8 @@ class _Throughput:
             untimed=1,
             progress=partial(_tell, self.progress, "decoding, "),
         )
-        for label, timing in timings.items():
-            name, context = keys[label]
-            self.decodes[name, context] = timing
+        self.decodes = {keys[label]: timing for label, timing in timings.items()}
+        for (name, context), timing in self.decodes.items():
             self._add_row("decode", name, context, timing, tokens=1)
         self.caches.clear()
 
