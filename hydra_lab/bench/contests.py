@@ -392,7 +392,9 @@ class Arena:
                 (weights, values),
             )
 
-        self.peer(made, "F.embedding_bag", None, bag)
+        lacks_gradient = self.device.type == "cuda" and self.dtype == torch.bfloat16
+        why_not = "has no gradient of bfloat16 weights on CUDA" if lacks_gradient else ""
+        self.peer(made, "F.embedding_bag", None, bag, why_not)
         return made
 
     def workspace_read(self) -> Contest:

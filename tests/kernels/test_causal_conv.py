@@ -128,8 +128,8 @@ def test_any_strides() -> None:
     ]
     assert not other["x_BLD"].is_contiguous()
     actual = outputs_and_gradients(lambda given: run(given, backend="triton"), other)
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
+    # Not to the bit: for other strides Triton compiles another kernel, and a GPU may contract its sums differently.
+    assert_agree(actual, {name: tensor.cpu() for name, tensor in expected.items()}, torch.float32)
 
 
 def test_same_bits_twice() -> None:

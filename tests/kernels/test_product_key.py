@@ -256,3 +256,15 @@ def test_float64_is_refused() -> None:
         product_key_topk(inputs["query"], inputs["keys1"], inputs["keys2"], top_k=2, backend=backend)
     with pytest.raises(ValueError, match="no float64"):
         memory_read(**bags(), backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_torch_path_has_gradients_where_kernels_run(dtype: torch.dtype) -> None:
+    """Of bfloat16 weights too, for which torch's own bag has none on a GPU."""
+    inputs = bags()
+    rounded = {
+        name: tensor.to(dtype).double() if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
+    expected = outputs_and_gradients(read("reference"), rounded)
+    assert_agree(outputs_and_gradients(read("torch"), placed(inputs, dtype)), expected, dtype)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hydra_lab.ops.bags import weighted_bag
+
 
 def chunk_moe(
     x: Tensor,
@@ -39,7 +41,7 @@ def chunk_moe(
     counts = cast(list[int], count_E.tolist())  # pyright: ignore[reportUnknownMemberType]
     num_pairs = sum(counts)
 
-    # `F.embedding` and `F.embedding_bag` are the row gather and the weighted row sum whose backward passes
+    # `F.embedding` and `weighted_bag` are the row gather and the weighted row sum whose backward passes
     # are fast on a CPU; those of indexing and index_add are not.
     x_ND = x.reshape(-1, hidden_size)
     x_PD = F.embedding(order[:num_pairs] // top_k, x_ND)
@@ -59,7 +61,5 @@ def chunk_moe(
     place = torch.empty_like(order)
     place[order] = torch.arange(order.shape[0], device=x.device)
     place_NK = place.clamp(max=num_pairs).view(-1, top_k)
-    y_ND = F.embedding_bag(
-        place_NK, y_PD, mode="sum", per_sample_weights=weights.reshape(-1, top_k).to(dtype)
-    )
+    y_ND = weighted_bag(place_NK, y_PD, weights.reshape(-1, top_k))
     return y_ND.view(num_rows, num_positions, hidden_size).to(x.dtype)

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from hydra_lab.ops.bags import weighted_bag
 
 
 def product_key_topk(
@@ -46,6 +47,5 @@ def memory_read(addresses: Tensor, weights: Tensor, values: Tensor) -> Tensor:
     """See `hydra_lab.ops.product_key.memory_read`."""
     rows, length = addresses.shape[:2]
     bags = addresses.flatten(0, 1).flatten(1)
-    bag_weights = weights.to(values.dtype).flatten(0, 1).flatten(1)
-    read = F.embedding_bag(bags, values, per_sample_weights=bag_weights, mode="sum")
+    read = weighted_bag(bags, values, weights.flatten(0, 1).flatten(1))
     return read.view(rows, length, values.shape[1])
