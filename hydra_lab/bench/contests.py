@@ -123,7 +123,10 @@ class Arena:
         elif why_not:
             contest.skipped[name] = why_not
         else:
-            contest.contestants[name] = make()
+            try:
+                contest.contestants[name] = make()
+            except torch.OutOfMemoryError:
+                contest.skipped[name] = "out of memory"
 
     def all(self) -> Iterator[Contest]:
         """Every operation once."""
@@ -279,7 +282,10 @@ class Arena:
             def mask(_b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
                 return (i >= j) & ((i - j < window) | allowed[h // group, i // size, j // size])
 
-            block_mask = create_block_mask(mask, 1, q.shape[2], L, L, device=str(self.device), BLOCK_SIZE=128)
+            # Compiled, it never holds the mask of all pairs.
+            block_mask = create_block_mask(
+                mask, 1, q.shape[2], L, L, device=str(self.device), BLOCK_SIZE=128, _compile=True
+            )
             compiled: Any = torch.compile(flex_attention)
 
             def run() -> Tensor:
