@@ -28,6 +28,7 @@ from hydra_lab.bench.timing import (
 from hydra_lab.config import HydraConfig
 from hydra_lab.decoding import PIECE, DecodeGraph, prefill
 from hydra_lab.ops import use_backend
+from hydra_lab.ops.backend import current_backends
 from hydra_lab.taps import PATHS
 
 GIB = 1 << 30
@@ -103,6 +104,7 @@ def measure_throughput(plan: ThroughputPlan, progress: Progress) -> BenchResult:
             "contexts": list(plan.contexts),
             "rounds": plan.rounds,
             "decode_steps": plan.decode_steps,
+            "backends": current_backends(bench.ids),
             "piece": plan.piece,
             "batch": 1,
             "dtype": str(plan.dtype).removeprefix("torch."),
@@ -172,13 +174,15 @@ class _Throughput:
         self.caches[name, context] = out
 
     def _expected_seconds(self, name: str, context: int) -> float:
-        """Quadratic from the longest context measured so far; 0 before the first, infinite once one was left out."""
+        """From the longest context measured so far, for Hydra in proportion, for peers to the square; 0 before the
+        first, infinite once one was left out."""
         earlier = [length for length in self.plan.contexts if length < context]
         if not earlier:
             return 0.0
         if (name, earlier[-1]) not in self.prefills:
             return math.inf
-        return self.prefills[name, earlier[-1]].median * (context / earlier[-1]) ** 2
+        power = 1 if name == "hydra" else 2
+        return self.prefills[name, earlier[-1]].median * (context / earlier[-1]) ** power
 
     def decode(self) -> None:
         """Time single tokens behind every context, contexts and models taking turns; on a GPU also as a graph.
@@ -245,7 +249,7 @@ class _Throughput:
         """
         found: dict[str, dict[str, float | str]] = {}
         for peer in self.models:
-            contexts = [c for c in self.plan.contexts if (peer, c) in self.prefills]
+            contexts = [c for c in self.plan.contexts if {(peer, c), ("hydra", c)} <= self.prefills.keys()]
             if peer == "hydra" or not contexts:
                 continue
             logs = np.stack(
