@@ -7,6 +7,8 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from dashboards.shared.charts import chart, theme
+from dashboards.shared.page import introduce
+from dashboards.shared.selection import linked, linked_flag
 from dashboards.shared.sources import tokenizer_of
 from dashboards.shared.tokens import token_texts
 from dashboards.shared.view import (
@@ -54,7 +56,7 @@ def results(key: CaptureKey, layer: int, rows: NDArray[np.int64] | None) -> tupl
 
 @fragment
 def show(opened: OpenCapture) -> None:
-    layer = choose_block("Block", opened.layers_of("memory"), "block")
+    layer = choose_block("Block", opened.layers_of("memory"))
     rows = None if opened.whole is not None else opened.rows
     use, beta, heat_map, busiest = results(opened.key, layer, rows)
     options = {"path_use": opened.path_use, "theme": theme()}
@@ -66,28 +68,25 @@ def show(opened: OpenCapture) -> None:
     left, right = st.columns(2)
     with left:
         st.caption("Click a cell to see who reads its rows, or type the row beside the map.")
-        picked = chart(
-            figures.memory_map(heat_map, **options), "map", on_select="rerun", selection_mode="points"
+        n2 = heat_map.num_keys[1]
+        chart(
+            figures.memory_map(heat_map, **options),
+            "map",
+            picks=lambda point: {"row": int(point["y"]) * n2 + int(point["x"])},
         )
     with right:
-        show_row(opened, layer, heat_map, busiest, picked)
+        show_row(opened, layer, heat_map, busiest)
 
 
-def show_row(opened: OpenCapture, layer: int, heat_map: Any, busiest: int, picked: Any) -> None:
+def show_row(opened: OpenCapture, layer: int, heat_map: Any, busiest: int) -> None:
     n1, n2 = heat_map.num_keys
-    points = picked.selection.points if picked else []
-    if points and points != st.session_state.get("picked"):
-        st.session_state["picked"] = points
-        st.session_state["row"] = int(points[0]["y"]) * n2 + int(points[0]["x"])
-    st.session_state.setdefault("row", busiest)
     address = int(
         st.number_input(
             f"Row of the value table (0 to {n1 * n2 - 1:,}; first key × {n2} + second key)",
             min_value=0,
             max_value=n1 * n2 - 1,
             step=1,
-            key="row",
-            bind="query-params",
+            key=linked("row", range(n1 * n2), busiest),
         )
     )
     st.caption(
@@ -104,7 +103,7 @@ def show_row(opened: OpenCapture, layer: int, heat_map: Any, busiest: int, picke
     texts = context_texts(opened, top, tokenizer)
     chart(top_contexts(top, texts, path_use=opened.path_use, theme=theme()), "contexts")
     if has_raw(opened, "memory", "The count of tokens that read a row") and st.toggle(
-        "Count the tokens that read it", key="count", bind="query-params",
+        "Count the tokens that read it", key=linked_flag("count"),
         help=f"Reads the lookups of {len(opened.rows):,} samples.",
     ):  # fmt: skip
         show_tokens(opened, layer, address, tokenizer)
@@ -132,7 +131,12 @@ def context_texts(opened: OpenCapture, top: metrics.TopContexts, tokenizer: Any 
     return texts
 
 
-st.title("Memory")
+introduce(
+    "Memory",
+    "Which rows of the table does the model read, and on what text?",
+    "A row is named by two half-keys, the axes of the map; beta is how far the block opens to what was read.",
+    "07_product_keys",
+)
 opened = current_capture()
 describe_capture(opened)
 if has_group(opened, "memory", "memory"):

@@ -4,97 +4,27 @@ import numpy as np
 import streamlit as st
 
 from dashboards.shared import tokens
+from dashboards.shared.changes import changes_in_force
 from dashboards.shared.charts import chart, theme
-from dashboards.shared.prompt import Change, Trace, decode_file, encode, trace
+from dashboards.shared.page import introduce
+from dashboards.shared.prompt import Trace, ask_for_prompt, describe_prompt, encode, trace
+from dashboards.shared.selection import linked
 from dashboards.shared.sources import LoadedModel
 from dashboards.shared.view import choose_block, current_job, current_model, fragment
 from hydra_lab import figures, metrics
-from hydra_lab.data.sample_texts import read_sample_texts
 from hydra_lab.figures import routing as routing_figures
 from hydra_lab.figures import text as text_figures
 from hydra_lab.metrics.text import beta_by_token
 from hydra_lab.path_use import PathUse
 
-FIRST_PROMPT = """def mean(values):
-    return sum(values) / len(values)
-
-42+17: 2+7=9 4+1=5 =59
-
-KING. What news? The army of the north is come.
-
-country of Osaka: Japan
-country of Lyon:"""
-EXAMPLE_TOKENS = 200
-LINKED_CHARACTERS = 1500  # prompts up to this length are part of the address
-
-CHANGES = {"nothing": "none", "ablate an expert": "ablate", "force an expert": "force", "cut a path": "cut"}
-
-
-def ask_for_text(loaded: LoadedModel) -> str:
-    """The prompt: typed, an example, or a file."""
-    if "prompt" not in st.session_state:
-        st.session_state["prompt"] = st.query_params.get("prompt", FIRST_PROMPT)
-    examples = {domain: texts[0] for domain, texts in read_sample_texts(loaded.directory).items()}
-
-    def use_example() -> None:
-        domain = st.session_state["example"]
-        if domain is not None:
-            ids = encode(loaded.tokenizer, examples[domain])[:EXAMPLE_TOKENS]
-            st.session_state["prompt"] = "".join(tokens.token_texts(loaded.tokenizer, ids))
-
-    text = st.text_area("Text", key="prompt", height=130, help="Ctrl+Enter, or a click elsewhere, runs it.")
-    left, right = st.columns([4, 1], vertical_alignment="bottom")
-    with left:
-        if examples:
-            st.pills("Held-out examples", list(examples), key="example", on_change=use_example)
-    with right, st.popover("From a file", width="stretch"):
-        uploaded = st.file_uploader("A UTF-8 text file; it takes the place of the text", key="file")
-    if uploaded is not None:
-        text = decode_file(uploaded.name, uploaded.getvalue())
-        st.caption(f"Running {uploaded.name}; remove the file to go back to the text above.")
-    elif text and len(text) <= LINKED_CHARACTERS:
-        st.query_params["prompt"] = text
-    else:
-        st.query_params.pop("prompt", None)
-    return text
-
-
-def ask_for_change(loaded: LoadedModel) -> Change:
-    """What is different in the second run."""
-    config = loaded.model.config
-    labels = [
-        label for label, kind in CHANGES.items() if kind in ("none", "cut") or config.layers_with("moe")
-    ]
-    columns = st.columns([3, 2, 2], vertical_alignment="bottom")
-    with columns[0]:
-        kind = CHANGES[st.selectbox("Change, and compare", labels, key="change", bind="query-params")]
-    if kind == "none":
-        return Change()
-    if kind == "cut":
-        present = [
-            path for path in ("moe", "attention", "memory", "workspace", "ssm") if config.layers_with(path)
-        ]
-        with columns[1]:
-            path = st.selectbox("Path", present, key="path", bind="query-params")
-        where = ["every block", *map(str, config.layers_with(path))]
-        with columns[2]:
-            place = st.selectbox("Block", where, key=f"{path}_place", bind="query-params")
-        return Change("cut", path=path, layer=None if place == "every block" else int(place))
-    with columns[1]:
-        layer = st.selectbox("Block", config.layers_with("moe"), key="expert_block", bind="query-params")
-    with columns[2]:
-        expert = st.selectbox("Expert", range(config.moe_num_experts), key="expert", bind="query-params")
-    return Change(kind, layer=layer, expert=expert)
-
 
 @fragment
 def show(loaded: LoadedModel, ids: tuple[int, ...], path_use: PathUse | None) -> None:
     """Both runs, side by side."""
-    change = ask_for_change(loaded)
-    untouched = trace(loaded, ids, Change())
-    runs = [("Untouched", untouched)]
-    if change.kind != "none":
-        runs.append((change.title, trace(loaded, ids, change)))
+    changes = changes_in_force()
+    runs = [("Untouched", trace(loaded, ids))]
+    if changes:
+        runs.append(("With the intervention", trace(loaded, ids, changes)))
     show_numbers(runs, len(ids))
     texts = tokens.token_texts(loaded.tokenizer, ids)
     position = show_tokens(loaded, runs, texts)
@@ -140,11 +70,11 @@ def show_tokens(loaded: LoadedModel, runs: list[tuple[str, Trace]], texts: list[
         options["change of the loss"] = ("loss change", 0)
     left, right = st.columns(2)
     with left:
-        what = st.selectbox("Colour the tokens by", list(options), key="colour", bind="query-params")
+        what = st.selectbox("Colour the tokens by", list(options), key=linked("colour", list(options)))
     with right:
         position = st.number_input(
             f"Look at token (0 to {len(texts) - 1}, outlined)", min_value=0, max_value=len(texts) - 1,
-            value=len(texts) - 1, step=1, key=f"token_of_{len(texts)}",
+            step=1, key=linked("token", range(len(texts)), len(texts) - 1),
         )  # fmt: skip
     for column, (title, run) in zip(st.columns(len(runs)), runs, strict=True):
         with column:
@@ -206,13 +136,11 @@ def show_details(
         "State": "ssm",
     }
     present = [name for name, path in kinds.items() if path is None or config.layers_with(path)]
-    kind = st.segmented_control(
-        "Details", present, default=present[0], required=True, key="details", bind="query-params"
-    )
+    kind = st.segmented_control("Details", present, required=True, key=linked("details", present))
     layer = 0
     if kind in ("Memory", "Workspace", "State"):
         path = str(kinds[kind])
-        layer = choose_block("Block", config.layers_with(path), f"{path}_block")
+        layer = choose_block("Block", config.layers_with(path))
     for index, (column, (title, run)) in enumerate(zip(st.columns(len(runs)), runs, strict=True)):
         with column:
             if len(runs) > 1:
@@ -278,7 +206,14 @@ def show_memory(
     )
 
 
-st.title("Prompt")
+introduce(
+    "Prompt",
+    "What comes next, and which decisions led there?",
+    "Tokens are coloured by one signal; the token that you look at is outlined.",
+    "09_traces_and_taps",
+)
 loaded = current_model()
-text = ask_for_text(loaded)
-show(loaded, encode(loaded.tokenizer, text), current_job().path_use)
+text = ask_for_prompt(loaded)
+ids = encode(loaded.tokenizer, text)
+describe_prompt(loaded, ids)
+show(loaded, ids, current_job().path_use)

@@ -5,6 +5,8 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from dashboards.shared.charts import chart, theme
+from dashboards.shared.page import introduce
+from dashboards.shared.selection import linked, linked_several
 from dashboards.shared.view import (
     CaptureKey,
     OpenCapture,
@@ -41,12 +43,10 @@ def result(key: CaptureKey, name: str, rows: NDArray[np.int64] | None) -> object
 def show(opened: OpenCapture) -> None:
     left, right = st.columns([2, 3], vertical_alignment="bottom")
     with left:
-        view = st.segmented_control(
-            "Show", list(VIEWS), default="Load", required=True, key="show", bind="query-params"
-        )
+        view = st.segmented_control("Show", list(VIEWS), required=True, key=linked("show", list(VIEWS)))
     with right:
         domains = st.pills(
-            "Domains", opened.domains, selection_mode="multi", key="domains", bind="query-params",
+            "Domains", opened.domains, selection_mode="multi", key=linked_several("domains", opened.domains),
             help="None chosen: all of them.",
         )  # fmt: skip
     assert view is not None
@@ -66,7 +66,12 @@ def show(opened: OpenCapture) -> None:
         chart(figure(result(opened.key, name, rows), path_use=opened.path_use, theme=theme()), name)
 
 
-st.title("Routing")
+introduce(
+    "Routing",
+    "Which experts take each chunk, and by what margin?",
+    "All tokens of a chunk use the same experts, chosen at its first token.",
+    "05_chunk_experts",
+)
 opened = current_capture()
 describe_capture(opened)
 if has_group(opened, "routing", "moe"):

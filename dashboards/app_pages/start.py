@@ -7,7 +7,8 @@ from typing import Any
 import streamlit as st
 
 from dashboards.shared.charts import chart, theme
-from dashboards.shared.sample_capture import show_progress
+from dashboards.shared.sample_capture import show_sample_job
+from dashboards.shared.selection import linked
 from dashboards.shared.sources import LoadedModel
 from dashboards.shared.view import current_job, current_model, current_view, fragment
 from hydra_lab.accounting import flops_per_token, parameter_table, state_bytes
@@ -60,8 +61,7 @@ def show_model(loaded: LoadedModel) -> None:
 @fragment
 def show_compute(config: Any) -> None:
     context = st.segmented_control(
-        "Context", CONTEXTS, default=CONTEXTS[0], required=True, format_func="{:,} tokens".format, key="context",
-        bind="query-params",
+        "Context", CONTEXTS, required=True, format_func="{:,} tokens".format, key=linked("context", CONTEXTS),
     )  # fmt: skip
     assert context is not None
     chart(flops(flops_per_token(config, context), theme=theme()), "flops")
@@ -73,7 +73,7 @@ def show_compute(config: Any) -> None:
 def show_path_use() -> None:
     job = current_job()
     if job.running:
-        show_progress(job)
+        show_sample_job(job)
     if job.path_use is not None:
         figure = path_use(job.path_use, theme=theme())
         chart(figure, "path-use")
@@ -83,7 +83,7 @@ def show_path_use() -> None:
             "--text FILE --record`."
         )
     elif job.error:
-        show_progress(job)
+        show_sample_job(job)
 
 
 def show_training(directory: Path) -> None:

@@ -7,6 +7,8 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from dashboards.shared.charts import chart, theme
+from dashboards.shared.page import introduce
+from dashboards.shared.selection import linked
 from dashboards.shared.view import (
     CaptureKey,
     OpenCapture,
@@ -50,15 +52,13 @@ def results(key: CaptureKey, view: str, layer: int, rows: NDArray[np.int64] | No
 def show(opened: OpenCapture) -> None:
     left, right = st.columns(2)
     with left:
-        view = st.segmented_control(
-            "Show", list(VIEWS), default="State space", required=True, key="show", bind="query-params"
-        )
+        view = st.segmented_control("Show", list(VIEWS), required=True, key=linked("show", list(VIEWS)))
     assert view is not None
     group, *_, names = VIEWS[view]
     if not has_group(opened, group, group):
         return
     with right:
-        layer = choose_block("Block", opened.layers_of(group), f"{group}_block")
+        layer = choose_block("Block", opened.layers_of(group))
     drawn = results(opened.key, view, layer, None if opened.whole is not None else opened.rows)
     # The workspace's figures are two plots wide each: one below the other.
     places = [st.container() for _ in names] if view == "Workspace" else st.columns(len(names))
@@ -68,7 +68,12 @@ def show(opened: OpenCapture) -> None:
             chart(figure, name)
 
 
-st.title("State")
+introduce(
+    "State",
+    "What does the state-space path remember, and for how long?",
+    "Norms say how much a head's state holds, half-lives how long it keeps it.",
+    "03_ssm_as_attention",
+)
 opened = current_capture()
 describe_capture(opened)
 show(opened)

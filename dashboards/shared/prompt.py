@@ -1,4 +1,4 @@
-"""One prompt through the model, as it is and with one thing changed."""
+"""One prompt through the model, as it is and with interventions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from dashboards.shared.changes import changes_in_force
+from dashboards.shared.selection import linked, pick, picked
 from dashboards.shared.sources import LoadedModel
+from dashboards.shared.tokens import token_texts
 from hydra_lab.capture.in_memory import InMemoryCapture, capture_batch
-from hydra_lab.interventions import AblateExpert, CutPath, ForceExperts, Intervention, intervened
+from hydra_lab.data.sample_texts import read_sample_texts
+from hydra_lab.interventions import Intervention, intervened
 from hydra_lab.locks import model_lock
 from hydra_lab.metrics.text import NextTokens
 
@@ -20,44 +24,16 @@ MAX_TOKENS = 4096
 NUM_CANDIDATES = 10
 """Next tokens that are kept per position."""
 
+EXAMPLE_TOKENS = 200
+FIRST_PROMPT = """def mean(values):
+    return sum(values) / len(values)
 
-@dataclass(frozen=True)
-class Change:
-    """One intervention.
+42+17: 2+7=9 4+1=5 =59
 
-    Attributes:
-        kind: "none", "ablate", "force" or "cut".
-        layer: block of the expert, or the one block where the path is cut; None cuts it everywhere.
-        expert: for "ablate" and "force".
-        path: for "cut".
-    """
+KING. What news? The army of the north is come.
 
-    kind: str = "none"
-    layer: int | None = None
-    expert: int | None = None
-    path: str | None = None
-
-    @property
-    def title(self) -> str:
-        """Heading of the changed run."""
-        if self.kind == "cut":
-            return f"Without the {self.path} path in " + (
-                "every block" if self.layer is None else f"block {self.layer}"
-            )
-        verb = {"ablate": "Without expert", "force": "Only expert"}[self.kind]
-        return f"{verb} {self.expert} in block {self.layer}"
-
-    @property
-    def interventions(self) -> tuple[Intervention, ...]:
-        """What to run the model with."""
-        if self.kind == "none":
-            return ()
-        if self.kind == "cut":
-            assert self.path is not None
-            return (CutPath(path=self.path, block="*" if self.layer is None else self.layer),)
-        assert self.layer is not None and self.expert is not None
-        kind = {"ablate": AblateExpert, "force": ForceExperts}[self.kind]
-        return (kind(block=self.layer, expert=self.expert),)
+country of Osaka: Japan
+country of Lyon:"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +48,8 @@ class Trace:
         entropy: [L] of the whole distribution, nats.
         divergence: [L] KL divergence from the untouched run's next-token distribution to this one's, nats; zero in
             the untouched run.
+
+    Shared by all visitors: read it, do not write into it.
     """
 
     capture: InMemoryCapture
@@ -144,38 +122,98 @@ def decode_file(name: str, content: bytes) -> str:
         ) from None
 
 
-def trace(loaded: LoadedModel, ids: tuple[int, ...], change: Change) -> Trace:
-    """Run `ids` through the model under `change`; the last few results are kept."""
-    return _trace(loaded.weights_hash, ids, change, loaded)
+def trace(loaded: LoadedModel, ids: tuple[int, ...], changes: tuple[Intervention, ...] = ()) -> Trace:
+    """Run `ids` through the model under `changes`; the last few results are kept.
+
+    Raises:
+        ValueError: the model cannot take a change.
+    """
+    return _trace(loaded.weights_hash, ids, "; ".join(map(str, changes)), changes, loaded)
 
 
-@st.cache_data(max_entries=8, show_spinner="Running the model …")
-def _trace(weights_hash: str, ids: tuple[int, ...], change: Change, _loaded: LoadedModel) -> Trace:
+@st.cache_resource(max_entries=16, show_spinner="Running the model …")
+def _trace(
+    weights_hash: str,
+    ids: tuple[int, ...],
+    changes_text: str,
+    _changes: tuple[Intervention, ...],
+    _loaded: LoadedModel,
+) -> Trace:
     model = _loaded.model
-    input_ids = torch.tensor([ids])
+    input_ids = torch.tensor([ids], device=model.device)
     with model_lock(model), torch.no_grad():
-        with intervened(model, *change.interventions):
-            capture = capture_batch(model, input_ids)
-            log_probability = _log_probabilities(model, input_ids)
-        untouched = log_probability if change.kind == "none" else _log_probabilities(model, input_ids)
+        with intervened(model, *_changes):
+            capture = capture_batch(model, input_ids, keep_logits=True)
+        log_probability = _log_softmax(capture.logits)
+        capture.logits = None  # a large vocabulary's would fill the cache
+        untouched = (
+            _log_softmax(model(input_ids=input_ids, use_cache=False).logits) if _changes else log_probability
+        )
     probability, candidates = log_probability.exp().topk(
         min(NUM_CANDIDATES, log_probability.shape[-1]), dim=-1
     )
+    divergence = (untouched.exp() * (untouched - log_probability)).sum(dim=-1).clamp(min=0)
     return Trace(
         capture=capture,
         loss=capture["tokens"]["loss"].to_numpy()[0].astype(np.float64),
         candidates=candidates.numpy(),
         probability=probability.double().numpy(),
         entropy=-(log_probability.exp() * log_probability).sum(dim=-1).double().numpy(),
-        divergence=(untouched.exp() * (untouched - log_probability))
-        .sum(dim=-1)
-        .clamp(min=0)
-        .double()
-        .numpy(),
+        divergence=divergence.double().numpy(),
     )
 
 
-def _log_probabilities(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """[L, vocabulary] log-probabilities of the next token."""
-    logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits
+def _log_softmax(logits: torch.Tensor | None) -> torch.Tensor:
+    """[L, vocabulary] log-probabilities of the next token, of the only row of `logits`."""
+    assert logits is not None
     return F.log_softmax(logits[0].float(), dim=-1).cpu()
+
+
+def ask_for_prompt(loaded: LoadedModel, *, height: int = 130) -> str:
+    """The prompt, which all pages share: typed, an example, or a file."""
+    examples = {domain: texts[0] for domain, texts in read_sample_texts(loaded.directory).items()}
+
+    def use_example() -> None:
+        domain = st.session_state["example"]
+        if domain is not None:
+            ids = encode(loaded.tokenizer, examples[domain])[:EXAMPLE_TOKENS]
+            pick(prompt="".join(token_texts(loaded.tokenizer, ids)))
+
+    text = st.text_area(
+        "Prompt", key=linked("prompt", None, FIRST_PROMPT), height=height,
+        help="Ctrl+Enter, or a click elsewhere, runs it.",
+    )  # fmt: skip
+    left, right = st.columns([4, 1], vertical_alignment="bottom")
+    with left:
+        if examples:
+            st.pills("Held-out examples", list(examples), key="example", on_change=use_example)
+    with right, st.popover("From a file", width="stretch"):
+        uploaded = st.file_uploader("A UTF-8 text file; it takes the place of the prompt", key="file")
+        st.button("Use it", key="use-file", disabled=uploaded is None, on_click=_use_file)
+    if problem := st.session_state.pop("prompt problem", None):
+        st.error(problem, icon=":material/error:")
+    return text
+
+
+def _use_file() -> None:
+    uploaded = st.session_state["file"]
+    try:
+        pick(prompt=decode_file(uploaded.name, uploaded.getvalue()))
+    except ValueError as error:
+        st.session_state["prompt problem"] = str(error)
+
+
+def prompt_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    """Token ids of the prompt that all pages share, on a page that does not ask for it.
+
+    Raises:
+        ValueError: see `encode`.
+    """
+    return encode(loaded.tokenizer, str(picked("prompt", FIRST_PROMPT)))
+
+
+def describe_prompt(loaded: LoadedModel, ids: tuple[int, ...]) -> None:
+    """One line under a heading: which text through which model the figures are drawn from."""
+    changes = changes_in_force()
+    state = f"with {', '.join(f'`{str(each)[:80]}`' for each in changes)}" if changes else "as it is"
+    st.caption(f"Your prompt, {len(ids):,} tokens, through {loaded.name} {state}")

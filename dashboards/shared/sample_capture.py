@@ -4,11 +4,11 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from pathlib import Path
 
 import streamlit as st
 
+from dashboards.shared.jobs import Job, show_job
 from dashboards.shared.sources import LoadedModel, cache_directory
 from hydra_lab.capture import capture_files
 from hydra_lab.capture.engine import CaptureProgress
@@ -23,15 +23,13 @@ _SAMPLES_FOR_PATH_USE = 4
 """Texts per domain on which path use is measured where the model brings no measurement."""
 
 
-class SampleJob:
+class SampleJob(Job):
     """What is made of a model's sample texts, by one thread for all sessions.
 
     Attributes:
         has_texts: whether the model brings sample texts at all.
         capture: the finished capture; None before.
         path_use: of the model; None before it is known, and where there are no texts to measure it on.
-        fraction, line: how far the work is.
-        error: one sentence if it failed.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -39,28 +37,16 @@ class SampleJob:
         self.has_texts = (loaded.directory / SAMPLES_FILE).is_file()
         self.capture: Path | None = None
         self.path_use = _read_path_use(loaded.directory / RECORDED_PATH_USE)
-        self.fraction, self.line, self.error = 0.0, "waiting", ""
-        self.thread = threading.Thread(target=self._run, daemon=True, name=f"samples of {loaded.name}")
-        self.thread.start()
+        super().__init__(f"Sample texts of {loaded.name}", SampleJob._make)
 
-    @property
-    def running(self) -> bool:
-        return self.thread.is_alive()
-
-    def _run(self) -> None:
+    def _make(self) -> None:
         if not self.has_texts:
             return
-        try:
-            folder = cache_directory() / self._key()
-            folder.mkdir(parents=True, exist_ok=True)
-            self._make_capture(folder / "capture.zarr")
-            if self.path_use is None:
-                self._measure_path_use(folder / RECORDED_PATH_USE)
-        except (OSError, ValueError) as error:
-            self.error = str(error)
-        except BaseException:
-            self.error = "an internal error, which the terminal of the server shows"
-            raise
+        folder = cache_directory() / self._key()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._make_capture(folder / "capture.zarr")
+        if self.path_use is None:
+            self._measure_path_use(folder / RECORDED_PATH_USE)
 
     def _key(self) -> str:
         texts = hashlib.sha256((self.loaded.directory / SAMPLES_FILE).read_bytes()).hexdigest()
@@ -85,8 +71,10 @@ class SampleJob:
         self.capture = path
 
     def _note_capture(self, done: CaptureProgress) -> None:
-        self.fraction = done.bytes_read / max(1, done.bytes_total)
-        self.line = f"capturing the sample texts: {done.tokens:,} tokens"
+        self.note(
+            done.bytes_read / max(1, done.bytes_total),
+            f"captured once for this model, {done.tokens:,} tokens",
+        )
 
     def _measure_path_use(self, path: Path) -> None:
         self.path_use = _read_path_use(path)
@@ -95,7 +83,7 @@ class SampleJob:
 
             def note(line: str) -> None:
                 nonlocal passes
-                self.fraction, self.line = passes / 6, line
+                self.note(passes / 6, line)
                 passes += 1
 
             self.path_use = measure_path_use(
@@ -122,15 +110,9 @@ def _job(weights_hash: str, directory: str, _loaded: LoadedModel) -> SampleJob:
     return SampleJob(_loaded)
 
 
-@st.fragment(run_every=0.5)
-def show_progress(job: SampleJob) -> None:
-    """A progress bar that follows `job`, and one new run of the page when it is done."""
-    if job.running:
-        st.progress(min(1.0, job.fraction), text=f"First start with this model: {job.line}")
-    elif job.error:
-        st.error(
-            f"The sample texts could not be captured: {job.error}. Mend that, or delete {cache_directory()}, and "
-            "start the dashboard again."
-        )
-    else:
-        st.rerun()
+def show_sample_job(job: SampleJob) -> None:
+    """Draw how far `job` is; a button starts it again where it was cancelled or failed."""
+    show_job(job)
+    if job.cancelled or job.error:
+        st.caption(f"What was made of the sample texts lies in {cache_directory()}, and can be deleted.")
+        st.button("Start again", key="samples-again", on_click=_job.clear)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,51 @@ import hydra_lab
 from hydra_lab.capture.engine import describe_model
 from hydra_lab.capture.store import Capture
 from hydra_lab.loading import model_directory
+from hydra_lab.training.log import LOG_FILE
 
 
 @dataclass(frozen=True)
 class Shown:
-    """The command line's arguments, sorted.
+    """What was named on the command line or opened in the sidebar, sorted.
 
     Attributes:
         models: names or directories of models.
         captures: directories of captures.
+        runs: directories of training runs.
     """
 
-    models: tuple[str, ...]
-    captures: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    captures: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
 
     @classmethod
     def of_arguments(cls, arguments: Sequence[str]) -> "Shown":
-        """A directory with a zarr.json is a capture, everything else a model; nothing at all is the demo."""
-        captures = tuple(each for each in arguments if (Path(each) / "zarr.json").is_file())
-        models = tuple(each for each in arguments if each not in captures)
-        return cls(models or (() if captures else ("demo",)), captures)
+        """A directory with a zarr.json is a capture, one with a training log and no model a run, everything else a
+        model; nothing at all is the demo."""
+        shown = cls()
+        for each in arguments:
+            shown = shown.with_added(each)
+        return shown if arguments else cls(models=("demo",))
+
+    def with_added(self, name: str) -> "Shown":
+        """These and one more."""
+        kind = _kind_of(name)
+        have = getattr(self, kind)
+        return self if name in have else replace(self, **{kind: (*have, name)})
+
+    def check(self) -> None:
+        """Raise ValueError where a model is none."""
+        for name in self.models:
+            model_directory(name)
+
+
+def _kind_of(name: str) -> str:
+    directory = Path(name)
+    if (directory / "zarr.json").is_file():
+        return "captures"
+    if (directory / LOG_FILE).is_file() and not (directory / "config.json").is_file():
+        return "runs"
+    return "models"
 
 
 @dataclass(frozen=True, eq=False)

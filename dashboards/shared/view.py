@@ -11,16 +11,19 @@ import numpy as np
 import streamlit as st
 from numpy.typing import NDArray
 
-from dashboards.shared.sample_capture import SampleJob, sample_job, show_progress
+from dashboards.shared.sample_capture import SampleJob, sample_job, show_sample_job
+from dashboards.shared.selection import linked, pick, picked, write_address
 from dashboards.shared.sources import LoadedModel, Shown, loaded_model
 from hydra_lab.capture import open_capture
 from hydra_lab.capture.layout import SUMMARY
 from hydra_lab.capture.store import Capture
 from hydra_lab.interventions import from_dict
+from hydra_lab.loading import model_directory
 from hydra_lab.metrics import captured_path_use, summarized_path_use
 from hydra_lab.metrics.arrays import domain_order
 from hydra_lab.path_use import PathUse
 from hydra_lab.summaries import Summary, layers_of
+from hydra_lab.training.log import LOG_FILE
 
 MAX_TOKENS_READ = 400_000
 """Tokens of a capture that a page reads raw arrays of at most; of a larger one, evenly spaced samples."""
@@ -40,6 +43,7 @@ def fragment(draw: Callable[Arguments, None]) -> Callable[Arguments, None]:
             draw(*args, **kwargs)
         except (ValueError, OSError) as error:
             st.error(str(error), icon=":material/error:")
+        write_address()
 
     return guarded
 
@@ -49,23 +53,39 @@ class View:
     """The selection in the sidebar.
 
     Attributes:
-        shown: what the command line named.
-        model: chosen model; None where only captures were given.
-        capture: chosen capture, a path, or `SAMPLES_OF` and a model's name.
+        shown: what the command line named, and what was opened since.
+        model: chosen model; None where there is none.
+        capture: chosen capture, a path, or `SAMPLES_OF` and a model's name; None where there is none.
+        run: chosen training run, a run directory or a model that brings its log; None where there is none.
     """
 
     shown: Shown
     model: str | None
     capture: str | None
+    run: str | None
 
 
-def choose_view(shown: Shown) -> View:
-    """Draw the sidebar's choices; they are part of the address, so a link shows the same."""
+def choose_view(given: Shown) -> View:
+    """Draw the sidebar's choices; they are part of the address, so a link shows the same.
+
+    Args:
+        given: what the command line named.
+    """
+    shown = given
+    for name in _opened():
+        shown = shown.with_added(name)
     captures = [*shown.captures, *(SAMPLES_OF + name for name in shown.models)]
     with st.sidebar:
         model = _choose("Model", list(shown.models), "model")
         capture = _choose("Capture", captures, "capture")
-    view = View(shown, model, capture)
+        run = _choose("Training run", [*shown.runs, *_with_log(shown.models)], "run")
+        st.text_input(
+            "Open another", key="to_open", placeholder="path of a model, capture or run", on_change=_open_another,
+            help="A directory written by save_pretrained, `hydra-lab capture` or `hydra-lab train`.",
+        )  # fmt: skip
+        if problem := st.session_state.pop("not_opened", None):
+            st.error(problem, icon=":material/error:")
+    view = View(shown, model, capture, run)
     st.session_state["view"] = view
     return view
 
@@ -76,7 +96,37 @@ def _choose(label: str, options: list[str], key: str) -> str | None:
     if len(options) == 1:
         st.caption(f"{label}: {options[0]}")
         return options[0]
-    return st.selectbox(label, options, key=key, bind="query-params")
+    return st.selectbox(label, options, key=linked(key, options))
+
+
+def _opened() -> list[str]:
+    """What was opened in the sidebar; from an address, only what is there."""
+    names = picked("open", [])
+    return [names] if isinstance(names, str) else names
+
+
+def _open_another() -> None:
+    name = st.session_state["to_open"].strip()
+    if not name:
+        return
+    added = Shown().with_added(name)
+    try:
+        added.check()
+    except ValueError as error:
+        st.session_state["not_opened"] = f"{error}; or the path of a capture, or of a training run."
+        return
+    pick(open=[*_opened(), name], to_open="")
+    if added.models:
+        pick(model=name, capture=SAMPLES_OF + name)
+    elif added.captures:
+        pick(capture=name)
+    else:
+        pick(run=name)
+
+
+def _with_log(models: Sequence[str]) -> list[str]:
+    """Those that bring the log of their training."""
+    return [name for name in models if (model_directory(name) / LOG_FILE).is_file()]
 
 
 def current_view() -> View:
@@ -175,7 +225,7 @@ def current_capture() -> OpenCapture:
             f"--out run.zarr`, then `hydra-lab dashboard {name} run.zarr`."
         )
     if job.capture is None:
-        show_progress(job)
+        show_sample_job(job)
         st.stop()
     return _open(str(job.capture), job.path_use)
 
@@ -242,14 +292,12 @@ def describe_capture(opened: OpenCapture) -> None:
     )
 
 
-def choose_block(label: str, layers: Sequence[int], key: str) -> int:
-    """A choice among the blocks that have a path; kept in the address."""
+def choose_block(label: str, layers: Sequence[int], key: str = "block") -> int:
+    """A choice among the blocks that have a path; the same on every page, as far as the blocks have the path."""
     options: Any = [int(layer) for layer in layers]
     if len(options) == 1:
         return options[0]
-    chosen = st.segmented_control(
-        label, options, default=options[0], required=True, key=key, bind="query-params"
-    )
+    chosen = st.segmented_control(label, options, required=True, key=linked(key, options))
     assert chosen is not None
     return chosen
 

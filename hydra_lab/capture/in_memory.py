@@ -19,14 +19,20 @@ class InMemoryCapture(dict[str, xr.Dataset]):
     Attributes:
         attributes: `config` (of the model, as a dict) and `signals`.
         domains: [N] domain label of each sample.
+        logits: [N, L, vocabulary] next-token logits; None unless they were asked for.
     """
 
     def __init__(
-        self, groups: Mapping[str, xr.Dataset], attributes: dict[str, Any], domains: tuple[str, ...]
+        self,
+        groups: Mapping[str, xr.Dataset],
+        attributes: dict[str, Any],
+        domains: tuple[str, ...],
+        logits: Tensor | None = None,
     ) -> None:
         super().__init__(groups)
         self.attributes = attributes
         self.domains = domains
+        self.logits = logits
 
     def plain(self, group: str) -> xr.Dataset:
         """One group; as `self[group]`."""
@@ -40,6 +46,7 @@ def capture_batch(
     *,
     domains: Sequence[str] | None = None,
     signals: Sequence[str] | None = None,
+    keep_logits: bool = False,
 ) -> InMemoryCapture:
     """Record the decisions of `model` on one batch.
 
@@ -49,6 +56,7 @@ def capture_batch(
         domains: [B] labels; "text" unless given.
         signals: groups to capture besides `tokens`; None for those of `hydra_lab.capture.layout.SIGNALS` that the model
             has.
+        keep_logits: keep the logits, which a large vocabulary makes larger than all decisions.
 
     Raises:
         ValueError: the batch is padded on the left, or an argument is wrong (see `record`).
@@ -81,4 +89,9 @@ def capture_batch(
         if "kind" in dataset.dims:
             dataset = dataset.assign_coords(kind=list(KINDS))
         datasets[group] = dataset
-    return InMemoryCapture(datasets, {"config": config.to_dict(), "signals": list(groups)}, labels)
+    return InMemoryCapture(
+        datasets,
+        {"config": config.to_dict(), "signals": list(groups)},
+        labels,
+        recording.logits if keep_logits else None,
+    )

@@ -18,6 +18,7 @@ from hydra_lab.figures.attribution import specificity as specificity
 from hydra_lab.figures.attribution import ssm_attention as ssm_attention
 from hydra_lab.figures.contexts import top_contexts as top_contexts
 from hydra_lab.figures.export import NoBrowserError as NoBrowserError
+from hydra_lab.figures.export import to_csv as to_csv
 from hydra_lab.figures.export import write_html as write_html
 from hydra_lab.figures.export import write_png as write_png
 from hydra_lab.figures.loss import loss_by_domain as loss_by_domain

@@ -1,7 +1,12 @@
 """Figures as files."""
 
-from collections.abc import Mapping
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -65,3 +70,53 @@ def write_png(
     except ChromeNotFoundError as error:
         raise NoBrowserError("no Chromium or Chrome found; install one or set BROWSER_PATH") from error
     return paths
+
+
+def to_csv(figure: go.Figure) -> str:
+    """The numbers of a figure as a table, one line per bar, point or cell.
+
+    Returns:
+        CSV with the columns `series` (name of the bars or line, empty where it has none), the titles of the two axes
+        (`x` and `y` where panels differ or an axis has none), `value` (of a cell; empty elsewhere), `error` (half width
+        of an error bar above the point; empty where there is none). Cells without a value are left out.
+    """
+    lines = io.StringIO()
+    table = csv.writer(lines, lineterminator="\n")
+    table.writerow(
+        (
+            "series",
+            _axis_title(figure.select_xaxes(), "x"),
+            _axis_title(figure.select_yaxes(), "y"),
+            "value",
+            "error",
+        )
+    )
+    for trace in figure.data:
+        table.writerows(_rows_of(trace))
+    return lines.getvalue()
+
+
+def _rows_of(trace: Any) -> Iterator[tuple[Any, ...]]:
+    name = trace.name or ""
+    if trace.type == "heatmap":
+        height, width = len(trace.z), max(map(len, trace.z), default=0)
+        xs = trace.x if trace.x is not None else range(width)
+        ys = trace.y if trace.y is not None else range(height)
+        for y, row in zip(ys, trace.z, strict=True):
+            for x, value in zip(xs, row, strict=True):
+                if value is not None and value == value:
+                    yield name, x, y, value, ""
+    elif trace.type == "sankey":
+        labels = trace.node.label
+        for source, target, value in zip(trace.link.source, trace.link.target, trace.link.value, strict=True):
+            yield name, labels[source], labels[target], value, ""
+    else:
+        errors = trace.error_y.array if trace.error_y.array is not None else trace.error_x.array
+        columns = (trace.x, trace.y, errors)
+        for x, y, error in zip_longest(*(() if each is None else each for each in columns), fillvalue=""):
+            yield name, x, y, "", error
+
+
+def _axis_title(axes: Iterator[Any], otherwise: str) -> str:
+    titles = {re.sub("<[^>]*>", " ", axis.title.text or "") for axis in axes}
+    return titles.pop() if len(titles) == 1 and "" not in titles else otherwise

@@ -82,5 +82,5 @@ def finish_background_work() -> None:
     import threading
 
     for thread in threading.enumerate():
-        if thread.name.startswith("samples of "):
+        if thread.name.startswith("Sample texts of "):
             thread.join()

@@ -9,10 +9,9 @@ import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
-from dashboards.shared.prompt import MAX_BYTES, MAX_TOKENS, Change, decode_file, encode
+from dashboards.shared.prompt import MAX_BYTES, MAX_TOKENS, decode_file, encode
 from dashboards.shared.tokens import expert_spans, magnitude_spans, token_texts, visible
 from hydra_lab import load
-from hydra_lab.interventions import intervened
 from tests.dashboards.conftest import byte_tokenizer
 
 OpenApp = Callable[..., AppTest]
@@ -68,10 +67,12 @@ def test_bad_input_is_named() -> None:
     assert decode_file("notes.txt", "\ufeffé".encode()) == "é"
 
 
-@pytest.mark.parametrize("change", ["ablate an expert", "force an expert", "cut a path"])
+CHANGES = ("moe[0].ablate(expert=1)", "moe[0].force(expert=2)", "ssm[*].cut()")
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_stands_beside_the_untouched_run(open_app: OpenApp, change: str) -> None:
-    app = open_app("prompt")
-    app.selectbox(key="change").set_value(change).run()
+    app = open_app("prompt", intervene=change)
     for details in ("Next token", "Routing", "Memory", "Workspace", "State"):
         app.segmented_control(key="details").set_value(details).run()
         assert not app.exception and not app.error, details
@@ -81,23 +82,17 @@ def test_a_change_stands_beside_the_untouched_run(open_app: OpenApp, change: str
 
 
 def test_forcing_an_expert_shows_it_in_every_chunk(open_app: OpenApp) -> None:
-    app = open_app("prompt")
-    app.selectbox(key="change").set_value("force an expert").run()
-    app.selectbox(key="expert").set_value(2).run()
-    untouched, forced = spans(app)
+    untouched, forced = spans(open_app("prompt", intervene="moe[0].force(expert=2)"))
     assert 'class="chunk" title="chunk 0">2</span>' in forced
     assert forced.count(">2</span>") > untouched.count(">2</span>")
-    assert "Only expert 2 in block 0" in [each.value.strip("*") for each in app.markdown]
 
 
 def test_the_loss_of_a_change_is_the_models_own(open_app: OpenApp, model_dir: Path) -> None:
-    app = open_app("prompt")
-    app.text_area(key="prompt").set_value("The king is come to town, and so is the queen.").run()
-    app.selectbox(key="change").set_value("cut a path").run()
-    app.selectbox(key="path").set_value("ssm").run()
+    text = "The king is come to town, and so is the queen."
+    app = open_app("prompt", intervene="ssm[*].cut()", prompt=text)
     shown = {each.label: each.value for each in app.metric}
     model, tokenizer = load(model_dir)
-    ids = torch.tensor([encode(tokenizer, "The king is come to town, and so is the queen.")])
+    ids = torch.tensor([encode(tokenizer, text)])
     with torch.no_grad(), model.cut("ssm"):
         loss = model(input_ids=ids, labels=ids).language_loss
     assert float(shown["loss with the change"]) == pytest.approx(
@@ -105,16 +100,21 @@ def test_the_loss_of_a_change_is_the_models_own(open_app: OpenApp, model_dir: Pa
     )  # three decimals are shown
 
 
-def test_a_model_is_as_it_was_after_every_change(model_dir: Path) -> None:
-    model, _ = load(model_dir)
-    ids = torch.arange(1, 91)[None] % 89 + 1  # long enough for every expert to be chosen somewhere
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-        for change in (Change("ablate", 0, 1), Change("force", 2, 1), Change("cut", path="ssm"), Change()):
-            with intervened(model, *change.interventions):
-                during = model(input_ids=ids).logits
-            assert torch.equal(model(input_ids=ids).logits, before)
-            assert torch.equal(during, before) == (change.kind == "none")
+def test_one_click_removes_an_intervention(open_app: OpenApp) -> None:
+    app = open_app("prompt", intervene="; ".join(CHANGES))
+    app.button(key="remove-change-1").click().run()
+    assert app.query_params["intervene"] == f"{CHANGES[0]}; {CHANGES[2]}"
+    app.button(key="remove-changes").click().run()
+    assert "intervene" not in app.query_params and len(spans(app)) == 1
+
+
+@pytest.mark.parametrize("change", ["moe[0].ablate(expert=99)", "moe[1].frobnicate()", "nonsense"])
+def test_a_change_that_cannot_be_made_is_one_sentence(open_app: OpenApp, change: str) -> None:
+    app = open_app("prompt", intervene=change)
+    assert not app.exception and len(app.error) == 1
+    assert "The intervention is not applied" in app.error[0].value
+    app.button(key="remove-changes").click().run()
+    assert not app.error and len(spans(app)) == 1
 
 
 def test_a_link_opens_the_same_view(open_app: OpenApp) -> None:

@@ -1,0 +1,5 @@
+"""Intervene."""
+
+import streamlit as st
+
+st.title("Intervene")

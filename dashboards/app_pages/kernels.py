@@ -1,0 +1,5 @@
+"""Kernels."""
+
+import streamlit as st
+
+st.title("Kernels")

@@ -1,0 +1,5 @@
+"""Specialization."""
+
+import streamlit as st
+
+st.title("Specialization")

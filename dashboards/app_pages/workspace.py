@@ -1,0 +1,5 @@
+"""Workspace."""
+
+import streamlit as st
+
+st.title("Workspace")
