@@ -1,6 +1,8 @@
 """Lesson: one lesson of the course, to read; the notebook itself runs in JupyterLab."""
 
-import jupytext
+import json
+from pathlib import Path
+
 import streamlit as st
 
 from dashboards.shared.page import NOTEBOOKS, lessons
@@ -10,13 +12,14 @@ from dashboards.shared.selection import linked
 @st.cache_data(max_entries=32)
 def cells_of(path: str, changed: int) -> list[tuple[str, str]]:
     """Kind ("markdown" or "code") and source of each cell."""
-    return [(cell.cell_type, cell.source) for cell in jupytext.read(path).cells]
+    notebook = json.loads(Path(path).read_text(encoding="utf-8"))
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
 
 
 names = lessons()
 name = st.selectbox("Lesson", names, key=linked("lesson", names))
 st.info(f"To run it: `hydra-lab notebook {name[:2]}`, or `make notebook`.", icon=":material/play_circle:")
-path = NOTEBOOKS / f"{name}.py"
+path = NOTEBOOKS / f"{name}.ipynb"
 for kind, source in cells_of(str(path), path.stat().st_mtime_ns):
     if kind == "markdown":
         st.markdown(source)

@@ -1,21 +1,32 @@
-"""Prompt: one text through the model, token by token, beside the same text with one thing changed."""
+"""Prompt: one text through the model, token by token: what comes next, where it was decided, and which path
+wrote it."""
 
 import numpy as np
 import streamlit as st
+import torch
 
 from dashboards.shared import tokens
 from dashboards.shared.changes import changes_in_force
 from dashboards.shared.charts import chart, theme
+from dashboards.shared.colouring import choose_signal, choose_token, coloured
+from dashboards.shared.generation import Writer
 from dashboards.shared.page import introduce
 from dashboards.shared.prompt import Trace, ask_for_prompt, describe_prompt, encode, trace
-from dashboards.shared.selection import linked
+from dashboards.shared.selection import linked, pick
 from dashboards.shared.sources import LoadedModel
 from dashboards.shared.view import choose_block, current_job, current_model, fragment
 from hydra_lab import figures, metrics
+from hydra_lab.attribution import direct_logit_attribution, logit_lens
 from hydra_lab.figures import routing as routing_figures
 from hydra_lab.figures import text as text_figures
+from hydra_lab.interventions import intervened
+from hydra_lab.locks import model_lock
 from hydra_lab.metrics.text import beta_by_token
 from hydra_lab.path_use import PathUse
+
+LENS_TOKENS = 24
+"""Tokens that the logit lens shows at a time."""
+MOST_WRITTEN = 200
 
 
 @fragment
@@ -28,6 +39,7 @@ def show(loaded: LoadedModel, ids: tuple[int, ...], path_use: PathUse | None) ->
     show_numbers(runs, len(ids))
     texts = tokens.token_texts(loaded.tokenizer, ids)
     position = show_tokens(loaded, runs, texts)
+    show_generation(loaded, ids)
     show_details(loaded, runs, ids, texts, position, path_use)
 
 
@@ -59,63 +71,17 @@ def show_numbers(runs: list[tuple[str, Trace]], num_tokens: int) -> None:
 
 def show_tokens(loaded: LoadedModel, runs: list[tuple[str, Trace]], texts: list[str]) -> int:
     """The coloured tokens of every run; returns the position that is looked at."""
-    config = loaded.model.config
-    options = {f"experts, block {layer}": ("experts", layer) for layer in config.layers_with("moe")}
-    options |= {f"memory gate, block {layer}": ("beta", layer) for layer in config.layers_with("memory")}
-    options |= {
-        f"workspace read gate, block {layer}": ("read", layer) for layer in config.layers_with("workspace")
-    }
-    options["loss of the token"] = ("loss", 0)
-    if len(runs) > 1:
-        options["change of the loss"] = ("loss change", 0)
     left, right = st.columns(2)
     with left:
-        what = st.selectbox("Colour the tokens by", list(options), key=linked("colour", list(options)))
+        signal = choose_signal(loaded.model.config, changed=len(runs) > 1)
     with right:
-        position = st.number_input(
-            f"Look at token (0 to {len(texts) - 1}, outlined)", min_value=0, max_value=len(texts) - 1,
-            step=1, key=linked("token", range(len(texts)), len(texts) - 1),
-        )  # fmt: skip
+        position = choose_token(len(texts))
     for column, (title, run) in zip(st.columns(len(runs)), runs, strict=True):
         with column:
             if len(runs) > 1:
                 st.markdown(f"**{title}**")
-            st.html(coloured(runs[0][1], run, texts, options[what], int(position), what))
-    return int(position)
-
-
-def coloured(
-    untouched: Trace, run: Trace, texts: list[str], colour: tuple[str, int], position: int, what: str
-) -> str:
-    """HTML of the tokens of one run and of the key to their colours."""
-    kind, layer = colour
-    if kind == "experts":
-        routed = metrics.routing_map(metrics.routing_record(run.capture))
-        block = routed.layers.index(layer)
-        experts = [
-            [int(expert) for expert, weight in zip(chosen, weights, strict=True) if weight > 0]
-            for chosen, weights in zip(routed.experts[block], routed.weights[block], strict=True)
-        ]
-        legend = tokens.expert_legend(routed.num_experts, theme())
-        return legend + tokens.expert_spans(
-            texts, experts, routed.num_experts, routed.chunk_size, theme(), position
-        )
-    if kind == "loss change":
-        values = run.loss - untouched.loss
-        reach = float(np.nanmax(np.abs(values), initial=0.5)) if len(values) > 1 else 0.5
-        limits, diverging = (-reach, reach), True
-    else:
-        limits, diverging = (0.0, 1.0), False
-        if kind == "beta":
-            values = metrics.lookup_record(run.capture, layer).gate[0]
-        elif kind == "read":
-            values = metrics.workspace_record(run.capture, layer).read_gate[0]
-        else:
-            values = run.loss
-            limits = (0.0, max(float(np.nanmax(untouched.loss[1:], initial=0.0)), 1.0))
-    values = values.astype(np.float64)
-    legend = tokens.magnitude_legend(limits, what, diverging=diverging)
-    return legend + tokens.magnitude_spans(texts, values, limits, what, diverging=diverging, chosen=position)
+            st.html(coloured(runs[0][1], run, texts, signal, position))
+    return position
 
 
 def show_details(
@@ -130,6 +96,8 @@ def show_details(
     config = loaded.model.config
     kinds = {
         "Next token": None,
+        "Logit lens": None,
+        "Written by": None,
         "Routing": "moe",
         "Memory": "memory",
         "Workspace": "workspace",
@@ -137,6 +105,9 @@ def show_details(
     }
     present = [name for name, path in kinds.items() if path is None or config.layers_with(path)]
     kind = st.segmented_control("Details", present, required=True, key=linked("details", present))
+    if kind in ("Logit lens", "Written by"):
+        show_attribution(loaded, ids, position, kind)
+        return
     layer = 0
     if kind in ("Memory", "Workspace", "State"):
         path = str(kinds[kind])
@@ -177,6 +148,51 @@ def show_details(
                 chart(figures.half_life(half_life, path_use=path_use, theme=theme()), f"{key}-half-life")
 
 
+def show_attribution(loaded: LoadedModel, ids: tuple[int, ...], position: int, kind: str) -> None:
+    """At which block the next token was decided, or which path wrote it; with the interventions in force."""
+
+    def label(token: int) -> str:
+        return tokens.visible(tokens.token_texts(loaded.tokenizer, [token])[0])
+
+    model, input_ids = loaded.model, torch.tensor([ids])
+    with model_lock(model), intervened(model, *changes_in_force()):
+        if kind == "Logit lens":
+            lens = logit_lens(model, input_ids)
+            first = min(max(0, position - LENS_TOKENS + 1), max(0, len(ids) - LENS_TOKENS))
+            shown = range(first, min(len(ids), first + LENS_TOKENS))
+            chart(figures.logit_lens(lens, label, positions=shown, theme=theme()), "lens")
+            st.caption(
+                "Each cell is what the model would say next if it stopped there; pick a token to move along."
+            )
+        else:
+            likeliest = torch.tensor(trace(loaded, ids, changes_in_force()).candidates[None, :, 0])
+            written = direct_logit_attribution(model, input_ids, likeliest)
+            figure = figures.direct_logit_attribution(written, label, position=position, theme=theme())
+            chart(figure, "written-by")
+
+
+def show_generation(loaded: LoadedModel, ids: tuple[int, ...]) -> None:
+    """A continuation, written token by token; the button puts it behind the prompt, where its decisions show."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        count = st.number_input(
+            "Tokens to write", 1, MOST_WRITTEN, step=1, key=linked("written", range(1, MOST_WRITTEN + 1), 40), width=160
+        )  # fmt: skip
+        asked = st.button("Write on", type="primary", icon=":material/play_arrow:", key="write-on")
+    if asked:
+        writer = Writer(loaded, ids, changes_in_force(), num_tokens=int(count), temperature=0.0, seed=0)
+        place, written = st.empty(), ""
+        for piece in writer:
+            written += piece
+            place.code(written, language=None, wrap_lines=True)
+        st.session_state["written text"] = loaded.tokenizer.decode([*ids, *writer.ids])
+    if "written text" in st.session_state:
+        st.button(
+            "Put it behind the prompt", key="keep-written",
+            help="Then its decisions are shown like those of the prompt.",
+            on_click=lambda: pick(prompt=st.session_state.pop("written text")),
+        )  # fmt: skip
+
+
 def show_memory(
     run: Trace, layer: int, texts: list[str], position: int, path_use: PathUse | None, key: str
 ) -> None:
@@ -208,7 +224,7 @@ def show_memory(
 
 introduce(
     "Prompt",
-    "What comes next, and which decisions led there?",
+    "What comes next, where was it decided, and which path wrote it?",
     "Tokens are coloured by one signal; the token that you look at is outlined.",
     "09_traces_and_taps",
 )

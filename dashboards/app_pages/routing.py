@@ -1,56 +1,56 @@
-"""Routing: what the experts of a capture are used for."""
+"""Routing: which experts took each chunk, by what margin, and how the load spreads."""
 
 import numpy as np
 import streamlit as st
 from numpy.typing import NDArray
 
+from dashboards.shared.changes import changes_in_force
 from dashboards.shared.charts import chart, theme
 from dashboards.shared.page import introduce
-from dashboards.shared.selection import linked, linked_several
+from dashboards.shared.prompt import describe_prompt, prompt_ids, trace
+from dashboards.shared.results import draw
+from dashboards.shared.selection import linked, linked_several, picked
+from dashboards.shared.tokens import token_texts, visible
 from dashboards.shared.view import (
-    CaptureKey,
     OpenCapture,
     current_capture,
+    current_job,
+    current_model,
     describe_capture,
     fragment,
     has_group,
     has_raw,
-    whole_capture,
 )
-from hydra_lab import metrics
-from hydra_lab.capture import open_capture
-from hydra_lab.figures import routing as figures
+from hydra_lab import figures, metrics
 
 VIEWS = {
     "Load": ("expert_load",),
+    "Margin": ("routing_margin",),
     "Domains": ("expert_by_domain",),
     "Position": ("expert_by_chunk", "expert_by_position"),
     "Pairs": ("co_activation",),
+    "Flow": ("routing_flow",),
     "Switching": ("switch_rate",),
+    "Sparsity": ("expert_sparsity",),
 }
-
-
-@st.cache_data(max_entries=64, show_spinner="Reading the routing …")
-def result(key: CaptureKey, name: str, rows: NDArray[np.int64] | None) -> object:
-    """The metric `name` of the samples `rows`; of all of them, from the summary, where that is None."""
-    if rows is None:
-        return getattr(metrics, name)(metrics.summarized_routing(whole_capture(key)))
-    record = metrics.routing_record(open_capture(key[0]), samples=rows, weights=name == "expert_by_position")
-    return getattr(metrics, name)(record)
+YOUR_PROMPT = "Your prompt"
+ONLY_RAW = ("routing_flow",)
+"""Metrics that follow a chunk through the blocks, which no summary keeps."""
 
 
 @fragment
 def show(opened: OpenCapture) -> None:
-    left, right = st.columns([2, 3], vertical_alignment="bottom")
-    with left:
-        view = st.segmented_control("Show", list(VIEWS), required=True, key=linked("show", list(VIEWS)))
-    with right:
-        domains = st.pills(
-            "Domains", opened.domains, selection_mode="multi", key=linked_several("domains", opened.domains),
-            help="None chosen: all of them.",
-        )  # fmt: skip
+    views = [*VIEWS, YOUR_PROMPT]
+    view = st.segmented_control("Show", views, required=True, key=linked("show", views))
     assert view is not None
-    rows = None if opened.whole is not None else opened.rows
+    if view == YOUR_PROMPT:
+        show_prompt()
+        return
+    domains = st.pills(
+        "Domains", opened.domains, selection_mode="multi", key=linked_several("domains", opened.domains),
+        help="None chosen: all of them.",
+    )  # fmt: skip
+    rows: NDArray[np.int64] | None = None
     if domains:
         if not has_raw(opened, "routing", "A choice of domains"):
             return
@@ -62,14 +62,43 @@ def show(opened: OpenCapture) -> None:
         if len(opened.rows) < opened.capture.num_samples:
             st.caption(f"Drawn from {len(rows):,} samples of these domains, evenly spaced.")
     for name in VIEWS[view]:
-        figure = getattr(figures, name)
-        chart(figure(result(opened.key, name, rows), path_use=opened.path_use, theme=theme()), name)
+        if name in ONLY_RAW:
+            if not has_raw(opened, "routing", "The flow between blocks"):
+                continue
+            draw(opened, "routing", name, rows=opened.rows if rows is None else rows)
+        else:
+            draw(opened, "routing", name, rows=rows)
+
+
+def show_prompt() -> None:
+    """The experts of every chunk of the prompt, untouched and with the interventions in force."""
+    loaded = current_model()
+    ids = prompt_ids(loaded)
+    describe_prompt(loaded, ids)
+    texts = token_texts(loaded.tokenizer, ids)
+    chunk_size = loaded.model.config.moe_chunk_size
+    words = [
+        visible("".join(texts[start : start + chunk_size]))[:80].replace("<", "&lt;")
+        for start in range(0, len(texts), chunk_size)
+    ]
+    routed = metrics.routing_map(metrics.routing_record(trace(loaded, ids, changes_in_force()).capture))
+    chart(
+        figures.routing_map(routed, path_use=current_job().path_use, theme=theme(), chunk_texts=words),
+        "your-routing",
+        picks=lambda point: {"token": int(point["x"]) * chunk_size},
+    )
+    position = min(int(picked("token", 0)), len(ids) - 1)
+    st.caption(
+        f"Click a cell to pick its chunk. Picked: token {position}, in chunk {position // chunk_size}, "
+        f"“{words[position // chunk_size]}”. To force another expert there, open Intervene."
+    )
+    st.page_link("app_pages/intervene.py", label="Force another expert", icon=":material/science:")
 
 
 introduce(
     "Routing",
     "Which experts take each chunk, and by what margin?",
-    "All tokens of a chunk use the same experts, chosen at its first token.",
+    "All tokens of a chunk use the same experts, chosen at its first token; an expert without load is dead.",
     "05_chunk_experts",
 )
 opened = current_capture()

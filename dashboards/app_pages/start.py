@@ -6,7 +6,10 @@ from typing import Any
 
 import streamlit as st
 
+from dashboards.shared.changes import changes_in_force
 from dashboards.shared.charts import chart, theme
+from dashboards.shared.page import introduce
+from dashboards.shared.prompt import describe_prompt, prompt_ids, trace
 from dashboards.shared.sample_capture import show_sample_job
 from dashboards.shared.selection import linked
 from dashboards.shared.sources import LoadedModel
@@ -14,9 +17,13 @@ from dashboards.shared.view import current_job, current_model, current_view, fra
 from hydra_lab.accounting import flops_per_token, parameter_table, state_bytes
 from hydra_lab.capture import open_capture
 from hydra_lab.figures.accounting import flops, parameters
-from hydra_lab.figures.path_use import path_use
+from hydra_lab.figures.path_use import path_shares, path_use
+from hydra_lab.metrics import captured_path_use
 from hydra_lab.taps import PATHS
 
+PAGE_OF_PATH = {
+    "ssm": "state", "attention": "attention", "moe": "routing", "workspace": "workspace", "memory": "memory",
+}  # fmt: skip
 CONTEXTS = (1024, 8192, 65536)
 WHAT_PATHS_DO = {
     "ssm": "a state of fixed size, carried from token to token (Mamba-2)",
@@ -56,6 +63,36 @@ def show_model(loaded: LoadedModel) -> None:
         chart(parameters(table, theme=theme()), "parameters")
     with right:
         show_compute(config)
+
+
+@fragment
+def show_paths(loaded: LoadedModel) -> None:
+    """Each path's share of every block's update on the prompt; a click goes to the path's page."""
+    ids = prompt_ids(loaded)
+    describe_prompt(loaded, ids)
+    run = trace(loaded, ids, changes_in_force())
+    use = captured_path_use(run.capture)
+    st.caption("Click a path to open its page.")
+    chart(
+        path_shares(use, gates_of(loaded.model), theme=theme()),
+        "path-shares",
+        picks=lambda point: {"block": int(point["y"]), "to open": str(point["x"])},
+    )
+    with st.container(horizontal=True):
+        for path, page in PAGE_OF_PATH.items():
+            if loaded.model.config.layers_with(path):
+                st.page_link(f"app_pages/{page}.py", label=path)
+    if opened := st.session_state.pop("to open", None):
+        st.switch_page(f"app_pages/{PAGE_OF_PATH[opened]}.py")
+
+
+def gates_of(model: Any) -> dict[tuple[int, str], float]:
+    """Gate g of every block and path."""
+    return {
+        (index, path): block.gates[path].item()
+        for index, block in enumerate(model.model.layers)
+        for path in block.paths
+    }
 
 
 @fragment
@@ -127,11 +164,17 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-st.title("Hydra lab")
+introduce(
+    "Hydra lab",
+    "What is loaded, and where do its parameters, its compute and its updates sit?",
+    "Look at how much a path is used before you believe a picture of its decisions.",
+    "01_residual_stream",
+)
 view = current_view()
 if view.model is not None:
     loaded = current_model()
     show_model(loaded)
+    show_paths(loaded)
     show_path_use()
     show_training(loaded.directory)
 if view.shown.captures:

@@ -74,15 +74,14 @@ class _Jobs:
         with self.lock:
             return self.jobs.get(key)
 
-    def start(self, key: Hashable, name: str, work: Callable[[Job], Any]) -> Job:
+    def start(self, key: Hashable, name: str, work: Callable[[Job], Any]) -> None:
         with self.lock:
             job = self.jobs.get(key)
             if job is None or (not job.running and (job.error or job.cancelled)):
                 finished = [each for each, old in self.jobs.items() if not old.running]
                 for old in finished[: max(0, len(self.jobs) - self.MOST)]:
                     del self.jobs[old]
-                job = self.jobs[key] = Job(name, work)
-            return job
+                self.jobs[key] = Job(name, work)
 
 
 @st.cache_resource(show_spinner=False)
@@ -95,15 +94,15 @@ def find_job(key: Hashable) -> Job | None:
     return _jobs().find(key)
 
 
-def start_job(key: Hashable, name: str, work: Callable[[Job], Any]) -> Job:
-    """The job that computes `key`, started by the first caller, and anew after it failed or was cancelled.
+def start_job(key: Hashable, name: str, work: Callable[[Job], Any]) -> None:
+    """Start the job that computes `key`, unless it is running or done; for callbacks.
 
     Args:
         key: everything that the result depends on.
         name: of the thread, and of the job to its visitors.
         work: gets the job, and returns the result; it must not draw.
     """
-    return _jobs().start(key, name, work)
+    _jobs().start(key, name, work)
 
 
 @st.fragment(run_every=0.5)

@@ -18,6 +18,8 @@ def introduce(title: str, question: str, reading: str, lesson: str) -> None:
     st.title(title)
     with st.container(horizontal=True, vertical_alignment="top", gap="medium"):
         st.markdown(f"**{question}** {reading}", width="stretch")
+        if lesson not in lessons():
+            return
         st.page_link(
             "app_pages/lesson.py", label=f"Lesson {lesson[:2]}", icon=":material/school:",
             query_params={"lesson": lesson}, help="Read the lesson that explains this page.",
@@ -25,5 +27,5 @@ def introduce(title: str, question: str, reading: str, lesson: str) -> None:
 
 
 def lessons() -> list[str]:
-    """Stems of the sources of all lessons, in order."""
-    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.py"))
+    """Names of all lessons, in order."""
+    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))

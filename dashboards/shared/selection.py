@@ -13,7 +13,7 @@ import streamlit as st
 LONGEST_IN_ADDRESS = 1500
 """Characters of a text that is still part of the address; browsers and proxies cut much longer ones."""
 
-_PICKED, _DEFAULTS, _PAGE = "picked", "defaults", "page on show"
+_PICKED, _DEFAULTS, _PAGE, _SEEDED = "picked", "defaults", "page on show", "seeded"
 
 
 def read_address(page: str) -> None:
@@ -26,6 +26,7 @@ def read_address(page: str) -> None:
     if st.session_state.get(_PAGE) == page:
         return
     st.session_state[_PAGE] = page
+    st.session_state[_SEEDED] = set()
     for key in st.query_params:
         values = st.query_params.get_all(key)
         _picked()[key] = values if len(values) > 1 else values[0]
@@ -102,7 +103,10 @@ def _wanted(key: str, default: Any) -> Any:
 def _keep(key: str, value: Any, default: Any) -> None:
     st.session_state.setdefault(_DEFAULTS, {})[key] = default
     _picked()[key] = value
-    if key not in st.session_state or st.session_state[key] != value:
+    # The first time on a page the value still belongs to the widget of the page before, which is another widget.
+    seeded: set[str] = st.session_state[_SEEDED]
+    if key not in seeded or st.session_state.get(key) != value:
+        seeded.add(key)
         st.session_state[key] = value
 
 

@@ -13,7 +13,7 @@ import hydra_lab
 from hydra_lab.capture.engine import describe_model
 from hydra_lab.capture.store import Capture
 from hydra_lab.loading import model_directory
-from hydra_lab.training.log import LOG_FILE
+from hydra_lab.training_log import LOG_FILE
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hydra_lab.metrics import captured_path_use, summarized_path_use
 from hydra_lab.metrics.arrays import domain_order
 from hydra_lab.path_use import PathUse
 from hydra_lab.summaries import Summary, layers_of
-from hydra_lab.training.log import LOG_FILE
+from hydra_lab.training_log import LOG_FILE
 
 MAX_TOKENS_READ = 400_000
 """Tokens of a capture that a page reads raw arrays of at most; of a larger one, evenly spaced samples."""
@@ -228,6 +228,12 @@ def current_capture() -> OpenCapture:
         show_sample_job(job)
         st.stop()
     return _open(str(job.capture), job.path_use)
+
+
+def open_captures() -> dict[str, OpenCapture]:
+    """The captures that were named or opened, by path, without those of sample texts."""
+    view = current_view()
+    return {path: _open(path, _path_use_of(view, path)) for path in view.shown.captures}
 
 
 def _open(path: str, path_use: PathUse | None) -> OpenCapture:

@@ -1,9 +1,13 @@
-"""Which part of the model did it: logit lens and direct attribution, effective attention of the state-space paths,
-activation and path patching, gradients of decisions, and editing facts in the memory.
+"""Which part of the model did it: logit lens and direct attribution, effective attention of the state-space paths, what
+dense attention would have looked at, activation and path patching, gradients of decisions, and editing facts
+in the memory.
 
 Needs torch alone. Results are frozen dataclasses of numpy arrays; `hydra_lab.figures` has a figure for each.
 """
 
+from hydra_lab.attribution.dense_attention import DenseAttention as DenseAttention
+from hydra_lab.attribution.dense_attention import dense_attention as dense_attention
+from hydra_lab.attribution.dense_attention import mean_coverage as mean_coverage
 from hydra_lab.attribution.facts import FactEdit as FactEdit
 from hydra_lab.attribution.facts import FactSpecificity as FactSpecificity
 from hydra_lab.attribution.facts import edit_fact as edit_fact

@@ -5,6 +5,7 @@ Each takes `theme` ("light" or "dark") and, where it shows decisions of a path, 
 display the `go.Figure` that it returns.
 """
 
+from hydra_lab.figures.attention import dense_attention as dense_attention
 from hydra_lab.figures.attention import hit_rate as hit_rate
 from hydra_lab.figures.attention import mass_by_kind as mass_by_kind
 from hydra_lab.figures.attention import selection_use as selection_use
@@ -16,12 +17,15 @@ from hydra_lab.figures.attribution import logit_lens as logit_lens
 from hydra_lab.figures.attribution import path_patching as path_patching
 from hydra_lab.figures.attribution import specificity as specificity
 from hydra_lab.figures.attribution import ssm_attention as ssm_attention
+from hydra_lab.figures.comparison import decision_changes as decision_changes
+from hydra_lab.figures.comparison import loss_change as loss_change
 from hydra_lab.figures.contexts import top_contexts as top_contexts
 from hydra_lab.figures.export import NoBrowserError as NoBrowserError
 from hydra_lab.figures.export import to_csv as to_csv
 from hydra_lab.figures.export import write_html as write_html
 from hydra_lab.figures.export import write_png as write_png
 from hydra_lab.figures.loss import loss_by_domain as loss_by_domain
+from hydra_lab.figures.loss import loss_difference as loss_difference
 from hydra_lab.figures.memory import address_overlap as address_overlap
 from hydra_lab.figures.memory import beta_by_domain as beta_by_domain
 from hydra_lab.figures.memory import dead_addresses as dead_addresses
@@ -30,7 +34,9 @@ from hydra_lab.figures.memory import memory_use as memory_use
 from hydra_lab.figures.memory import memory_use_by_domain as memory_use_by_domain
 from hydra_lab.figures.memory import memory_use_by_head as memory_use_by_head
 from hydra_lab.figures.memory import top_tokens as top_tokens
+from hydra_lab.figures.path_use import path_shares as path_shares
 from hydra_lab.figures.path_use import path_use as path_use
+from hydra_lab.figures.router import expert_cost as expert_cost
 from hydra_lab.figures.router import expert_sparsity as expert_sparsity
 from hydra_lab.figures.router import router_saturation as router_saturation
 from hydra_lab.figures.router import routing_margin as routing_margin
@@ -43,6 +49,7 @@ from hydra_lab.figures.routing import expert_by_token_class as expert_by_token_c
 from hydra_lab.figures.routing import expert_load as expert_load
 from hydra_lab.figures.routing import routing_map as routing_map
 from hydra_lab.figures.routing import switch_rate as switch_rate
+from hydra_lab.figures.routing_flow import routing_flow as routing_flow
 from hydra_lab.figures.ssm import half_life as half_life
 from hydra_lab.figures.ssm import half_life_by_domain as half_life_by_domain
 from hydra_lab.figures.ssm import half_life_by_position as half_life_by_position
@@ -54,6 +61,11 @@ from hydra_lab.figures.ssm import state_saturation as state_saturation
 from hydra_lab.figures.theme import Theme as Theme
 from hydra_lab.figures.theme import colours as colours
 from hydra_lab.figures.theme import template as template
+from hydra_lab.figures.training import expert_load_over_training as expert_load_over_training
+from hydra_lab.figures.training import memory_use_over_training as memory_use_over_training
+from hydra_lab.figures.training import path_gates as path_gates
+from hydra_lab.figures.training import state_norms_over_training as state_norms_over_training
+from hydra_lab.figures.training import training_loss as training_loss
 from hydra_lab.figures.workspace import read_entropy as read_entropy
 from hydra_lab.figures.workspace import read_lag as read_lag
 from hydra_lab.figures.workspace import slot_reads as slot_reads

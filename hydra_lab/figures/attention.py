@@ -1,10 +1,14 @@
-"""Figures of sparse attention: which blocks it selects, whether they hold a target, and where its mass goes."""
+"""Figures of sparse attention: which blocks it selects, whether they hold a target, where its mass goes, and what dense
+attention would have looked at."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from hydra_lab.figures.theme import (
+    MAGNITUDE,
     SYMBOLS,
     Theme,
     block_labels,
@@ -16,6 +20,9 @@ from hydra_lab.figures.theme import (
     text_colour,
 )
 from hydra_lab.metrics import KINDS, HitRate, MassByKind, PathUse, SelectionUse
+
+if TYPE_CHECKING:
+    from hydra_lab.attribution import DenseAttention
 
 
 def selection_use(
@@ -215,4 +222,48 @@ def mass_by_kind(result: MassByKind, *, path_use: PathUse | None = None, theme: 
         path="attention",
         path_use=path_use,
         height=total + 100,
+    )
+
+
+def dense_attention(
+    result: "DenseAttention", *, sample: int = 0, path_use: PathUse | None = None, theme: Theme = "light"
+) -> go.Figure:
+    """Where dense attention would have looked, by token and block of keys, and the part of it that is out of sight."""
+    length = int(result.length[sample])
+    step = -(-length // 512)  # a figure holds at most 512 x 512 cells
+    tokens = np.arange(0, length, step)
+    wanted = result.wanted[sample, tokens]
+    panels = {"wanted": wanted, "wanted, but not shown": wanted - result.shown[sample, tokens]}
+    figure = make_subplots(
+        rows=1, cols=2, subplot_titles=list(panels), shared_yaxes=True, horizontal_spacing=0.05
+    )
+    for column, values in enumerate(panels.values(), start=1):
+        figure.add_trace(
+            go.Heatmap(
+                z=100 * values.T,
+                x=tokens,
+                zmin=0,
+                zmax=100,
+                colorscale=MAGNITUDE,
+                colorbar={"title": {"text": "% of<br>probability", "side": "top"}},
+                showscale=column == 2,
+                hovertemplate="token %{x}, block %{y}: %{z:.1f}%<extra></extra>",
+            ),
+            row=1,
+            col=column,
+        )
+    figure.update_xaxes(title_text="token that looks", showgrid=False)
+    figure.update_yaxes(
+        title_text=f"block of {result.block_size} tokens", col=1, dtick=max(1, wanted.shape[1] // 8)
+    )
+    return finish(
+        figure,
+        title="What dense attention would have looked at",
+        subtitle=f"block {result.layer}, {counted(length, 'token')}, mean over heads; "
+        f"{100 * float(result.coverage[sample, :length].mean()):.1f}% of the probability is shown to the model",
+        theme=theme,
+        path="attention",
+        layer=result.layer,
+        path_use=path_use,
+        height=320,
     )

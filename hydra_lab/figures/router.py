@@ -3,7 +3,9 @@
 import numpy as np
 import plotly.graph_objects as go
 
+from hydra_lab.figures.grid import heat_map_grid
 from hydra_lab.figures.theme import (
+    DIVERGING,
     MAGNITUDE,
     SYMBOLS,
     Theme,
@@ -14,7 +16,14 @@ from hydra_lab.figures.theme import (
     muted_colour,
     text_colour,
 )
-from hydra_lab.metrics import ExpertSparsity, PathUse, RouterSaturation, RoutingMargin, Specialization
+from hydra_lab.metrics import (
+    ExpertCost,
+    ExpertSparsity,
+    PathUse,
+    RouterSaturation,
+    RoutingMargin,
+    Specialization,
+)
 from hydra_lab.metrics.router import NEAR_TIE
 
 _MOST_CELL_LABELS = 16  # experts up to which a cell names its favourite
@@ -231,4 +240,33 @@ def specialization(
         path="moe",
         path_use=path_use,
         height=90 + 56 * len(blocks),
+    )
+
+
+def expert_cost(result: ExpertCost, *, path_use: PathUse | None = None, theme: Theme = "light") -> go.Figure:
+    """Heat maps of what each expert's removal costs each domain, one per block; blue where the loss falls."""
+    largest = max(float(np.nanmax(np.abs(result.cost))), 1e-6)
+    figure, height = heat_map_grid(
+        result.cost,
+        titles=block_labels(result.layers, "moe", path_use),
+        x=[str(expert) for expert in range(result.cost.shape[2])],
+        y=list(result.domains),
+        x_title="expert removed",
+        y_title="domain",
+        colour_title="nats per<br>token",
+        colour_range=(-largest, largest),
+        colour_scale=DIVERGING,
+        hover="%{y} without expert %{x}: loss rises by %{z:.4f} nats per token",
+    )
+    figure.update_yaxes(autorange="reversed")
+    return finish(
+        figure,
+        title="What removing an expert costs, by domain",
+        subtitle=f"mean loss increase over {counted(int(result.num_samples.sum()), 'sample')} of "
+        f"{counted(len(result.domains), 'domain')}, largest standard error "
+        f"{float(np.nanmax(result.error, initial=0.0)):.3f}",
+        theme=theme,
+        path="moe",
+        path_use=path_use,
+        height=height,
     )

@@ -25,6 +25,8 @@ from hydra_lab.metrics.attention_mass import summarized_mass as summarized_mass
 from hydra_lab.metrics.contexts import ContextKind as ContextKind
 from hydra_lab.metrics.contexts import TopContexts as TopContexts
 from hydra_lab.metrics.contexts import top_contexts as top_contexts
+from hydra_lab.metrics.expert_cost import ExpertCost as ExpertCost
+from hydra_lab.metrics.expert_cost import expert_cost as expert_cost
 from hydra_lab.metrics.information import InformationTest as InformationTest
 from hydra_lab.metrics.information import benjamini_hochberg as benjamini_hochberg
 from hydra_lab.metrics.information import group_preference_p_values as group_preference_p_values
@@ -95,6 +97,8 @@ from hydra_lab.metrics.routing import routing_map as routing_map
 from hydra_lab.metrics.routing import switch_rate as switch_rate
 from hydra_lab.metrics.routing_counts import RoutingCounts as RoutingCounts
 from hydra_lab.metrics.routing_counts import RoutingRecord as RoutingRecord
+from hydra_lab.metrics.routing_flow import RoutingFlow as RoutingFlow
+from hydra_lab.metrics.routing_flow import routing_flow as routing_flow
 from hydra_lab.metrics.specialists import TOKEN_CLASSES as TOKEN_CLASSES
 from hydra_lab.metrics.specialists import ExpertByTokenClass as ExpertByTokenClass
 from hydra_lab.metrics.specialists import Specialization as Specialization

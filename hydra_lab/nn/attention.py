@@ -79,12 +79,8 @@ class AttentionPath(nn.Module):
     def forward(
         self, hidden_BLD: Tensor, span: Span, state: AttentionState | None, keep_state: bool
     ) -> tuple[Tensor, AttentionState | None]:
-        query = self.q_proj(hidden_BLD).unflatten(-1, (self.num_heads, self.head_dim))
-        key = self.k_proj(hidden_BLD).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        query, key = self.queries_and_keys(hidden_BLD, span)
         value = self.v_proj(hidden_BLD).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if self.rope_theta is not None:
-            positions_BL = span.positions(hidden_BLD.device)
-            query, key = (rotate(x, positions_BL, self.rope_theta) for x in (query, key))
         if state is None and not keep_state:
             keys, values, key_means = key, value, block_means(key, block_size=self.block_size)
             storage = Storage()
@@ -119,6 +115,17 @@ class AttentionPath(nn.Module):
                 keys, values, key_means, tile_blocks, tile_scores, storage, storage.turn
             )
         return self.o_proj(out.y.flatten(-2)), new_state
+
+    def queries_and_keys(self, hidden_BLD: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """[B, L, heads, head_dim] queries and [B, L, kv_heads, head_dim] keys of the path's input, rotated
+        where the model
+        has rotary embeddings."""
+        query = self.q_proj(hidden_BLD).unflatten(-1, (self.num_heads, self.head_dim))
+        key = self.k_proj(hidden_BLD).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.rope_theta is not None:
+            positions_BL = span.positions(hidden_BLD.device)
+            query, key = (rotate(x, positions_BL, self.rope_theta) for x in (query, key))
+        return query, key
 
     def _select(
         self, query: Tensor, key_means: Tensor, span: Span, state: AttentionState | None

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hydra_lab.modeling import HydraForCausalLM
-from hydra_lab.training.log import LOG_FILE
 from hydra_lab.training.optimizer import GATE
+from hydra_lab.training_log import LOG_FILE
 
 RUN_FILE = "training.json"
 EARLIER = "earlier"

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hydra_lab.modeling import HydraForCausalLM
+from hydra_lab.taps import Lookup, Routing, StateSummary
 from hydra_lab.training.optimizer import GATE
-
-LOG_FILE = "training_log.jsonl"
 
 
 def row_losses(logits_BLV: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,6 +82,74 @@ class Meter:
         return values
 
 
+class DecisionMeter:
+    """Sums what the model decides in training between two log lines, from hooks on its taps.
+
+    Nothing is waited for until a line is written, and gradients are not held up.
+    """
+
+    def __init__(self, model: HydraForCausalLM) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._touched: dict[int, Tensor] = {}
+        for index, block in enumerate(model.model.blocks):
+            taps: dict[str, Callable[[int, Any], None]] = {
+                "moe.routing": self._add_routing,
+                "memory.lookup": self._add_lookup,
+                "ssm.state": self._add_state,
+            }
+            for tap, add in taps.items():
+                path = tap.split(".")[0]
+                if path in block.paths:
+                    block.get_submodule(tap).register_forward_hook(self._hook(index, add))
+        self._num_experts = model.config.moe_num_experts
+        first, second = model.config.memory_num_keys
+        self._num_addresses = first * second
+
+    def _hook(self, index: int, add: Callable[[int, Any], None]) -> Callable[..., None]:
+        def hook(module: nn.Module, _args: Any, decision: Any) -> None:
+            if module.training:
+                with torch.no_grad():
+                    add(index, decision)
+
+        return hook
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _add_routing(self, index: int, decision: Routing) -> None:
+        chosen = torch.bincount(decision.experts.flatten(), minlength=self._num_experts).float()
+        self._add(f"load_{index}", chosen / chosen.sum())
+
+    def _add_lookup(self, index: int, decision: Lookup) -> None:
+        if index not in self._touched:
+            self._touched[index] = torch.zeros(
+                self._num_addresses, dtype=torch.bool, device=decision.addresses.device
+            )
+        self._touched[index][decision.addresses.flatten()] = True
+        self._add(f"memory_gate_{index}", decision.gate.float().mean())
+
+    def _add_state(self, index: int, decision: StateSummary) -> None:
+        self._add(f"state_norm_{index}", decision.norms.float().mean())
+
+    def take(self) -> dict[str, float]:
+        """End a log line: `load_<block>_<expert>`, `memory_use_<block>`, `memory_gate_<block>` and
+        `state_norm_<block>`, as
+        `hydra_lab.training_log.TrainingLog` explains them."""
+        values: dict[str, float] = {}
+        for name, total in self._sums.items():
+            mean = (total / self._counts[name]).tolist()
+            if isinstance(mean, list):
+                values |= {f"{name}_{expert}": share for expert, share in enumerate(mean)}
+            else:
+                values[name] = mean
+        for index, touched in self._touched.items():
+            values[f"memory_use_{index}"] = float(touched.float().mean())
+        self._sums, self._counts, self._touched = {}, {}, {}
+        return values
+
+
 def gate_values(model: nn.Module) -> dict[str, float]:
     """The gate g_p of every block and path, as `gate_<block>_<path>`."""
     values: dict[str, float] = {}
@@ -91,7 +160,7 @@ def gate_values(model: nn.Module) -> dict[str, float]:
     return values
 
 
-class TrainingLog(TrainerCallback):
+class LogWriter(TrainerCallback):
     """Appends every log line to `training_log.jsonl`; a resumed run first drops the lines after its
     checkpoint."""
 

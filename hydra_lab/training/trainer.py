@@ -26,10 +26,10 @@ from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.training import checkpoint
 from hydra_lab.training.curriculum import Curriculum, CurriculumCallback
 from hydra_lab.training.log import (
-    LOG_FILE,
+    DecisionMeter,
+    LogWriter,
     Meter,
     ProgressBar,
-    TrainingLog,
     by_domain,
     gate_values,
     row_losses,
@@ -38,6 +38,7 @@ from hydra_lab.training.optimizer import build_optimizer, build_scheduler, move_
 from hydra_lab.training.plan import TrainingPlan
 from hydra_lab.training.presets import TrainConfig
 from hydra_lab.training.rows import StagedRows, collate
+from hydra_lab.training_log import LOG_FILE
 
 CHECKPOINTS_KEPT = 2
 
@@ -104,6 +105,7 @@ class HydraTrainer(Trainer):
         self.plan = plan
         self.curriculum = Curriculum(config.curriculum, plan)
         self.meter = Meter(domains)
+        self.decisions = DecisionMeter(model)
         self.stop = StopOnSignal()
         super().__init__(
             model=model,
@@ -133,7 +135,7 @@ class HydraTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=[
                 CurriculumCallback(self.curriculum, model, self.meter.take_step),
-                TrainingLog(out / LOG_FILE),
+                LogWriter(out / LOG_FILE),
                 ProgressBar(),
                 self.stop,
             ],
@@ -204,6 +206,7 @@ class HydraTrainer(Trainer):
                 **self.meter.scalars(),
                 **{f"scale_{path}": scale for path, scale in self.curriculum.scales().items()},
                 **gate_values(self.hydra),
+                **self.decisions.take(),
             }
             self.meter.reset()
             start_time = None

@@ -17,7 +17,9 @@ from tests.dashboards.test_pages import assert_clean, figures, notes
 OpenApp = Callable[..., AppTest]
 SHOWS = {
     "routing": ("Load", "Domains", "Position", "Pairs", "Switching"),
-    "state": ("State space", "Workspace", "Attention"),
+    "state": ("By domain",),
+    "workspace": ("Reads", "Writes", "Read after write", "Texts of a slot"),
+    "attention": ("Selected blocks",),
     "memory": (None,),
 }
 KINDS = {"both": None, "summary": ["summary"], "raw": list(SIGNALS)}
@@ -39,12 +41,16 @@ def captures(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {kind: folder / f"{kind}.zarr" for kind in KINDS}
 
 
+KEYS = {"routing": "show"}
+"""Key of a page's views, where it is not the page's name."""
+
+
 def shown(app: AppTest, page: str) -> dict[str | None, list[object]]:
     """The figures of each view of a page."""
     found: dict[str | None, list[object]] = {}
     for show in SHOWS[page]:
         if show is not None:
-            app.segmented_control(key="show").set_value(show).run()
+            app.segmented_control(key=KEYS.get(page, page)).set_value(show).run()
         assert_clean(app)
         found[show] = figures(app)
         assert found[show], show
@@ -76,7 +82,7 @@ def test_no_raw_array_is_read_where_there_is_a_summary(
 
     monkeypatch.setattr(Capture, "__getitem__", note)
     shown(open_app(page, fresh), page)
-    assert read <= ({"tokens"} if page == "memory" else set())  # the memory shows the text of a few samples
+    assert read <= ({"tokens"} if page in ("memory", "workspace") else set())  # which show the text of a few samples
 
 
 def test_what_needs_raw_arrays_names_the_command(open_app: OpenApp, captures: dict[str, Path]) -> None:

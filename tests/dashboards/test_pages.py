@@ -13,7 +13,11 @@ from hydra_lab import load
 from hydra_lab.capture import capture_files
 from tests.dashboards.conftest import write_model
 
-PAGES = ("start", "prompt", "routing", "memory", "state")
+OF_A_PROMPT = ("prompt", "intervene")
+OF_A_CAPTURE = ("routing", "specialization", "workspace", "memory", "state", "attention")
+PAGES = ("start", *OF_A_PROMPT, *OF_A_CAPTURE, "compare", "training", "kernels", "lesson")
+EMPTY_AT_FIRST = ("intervene", "compare", "training", "lesson")
+"""Pages that say how to fill them, or hold text alone."""
 OpenApp = Callable[..., AppTest]
 
 
@@ -36,11 +40,14 @@ def assert_clean(app: AppTest) -> None:
 def test_a_page_appears(open_app: OpenApp, page: str) -> None:
     app = open_app(page)
     assert_clean(app)
-    assert app.title[0].value == ("Hydra lab" if page == "start" else page.capitalize())
-    assert figures(app)
+    if page != "lesson":
+        assert app.title[0].value == ("Hydra lab" if page == "start" else page.capitalize())
+    assert bool(figures(app)) != (page in EMPTY_AT_FIRST)
+    if page in EMPTY_AT_FIRST:
+        assert app.info, "an empty page says how to fill it"
 
 
-@pytest.mark.parametrize("page", ("routing", "memory", "state"))
+@pytest.mark.parametrize("page", OF_A_CAPTURE)
 def test_every_figure_of_a_path_says_how_much_the_path_is_used(open_app: OpenApp, page: str) -> None:
     found = notes(open_app(page))
     assert found
@@ -51,12 +58,27 @@ def test_every_figure_of_a_path_says_how_much_the_path_is_used(open_app: OpenApp
         assert any(unit in note for unit in ("sample", "token", "read")), note
 
 
-def test_each_view_of_the_routing_draws(open_app: OpenApp) -> None:
-    app = open_app("routing")
-    for show in ("Domains", "Position", "Pairs", "Switching", "Load"):
-        app.segmented_control(key="show").set_value(show).run()
+VIEWS = {
+    "routing": ("show", 9, ()),
+    "specialization": ("specialization", 4, ("Cost of removal",)),
+    "workspace": ("workspace", 5, ()),
+    "memory": ("memory", 5, ("Facts",)),
+    "state": ("state", 6, ()),
+    "attention": ("attention", 3, ("Probability by kind",)),
+}
+"""Key of a page's views, how many there are, and those that first want a click or another capture."""
+
+
+@pytest.mark.parametrize("page", VIEWS)
+def test_each_view_draws(open_app: OpenApp, page: str) -> None:
+    key, count, waiting = VIEWS[page]
+    app = open_app(page, prompt="The king is come to town. " * 4, other="And so is the queen. " * 4)
+    views = app.segmented_control(key=key).options
+    assert len(views) == count
+    for view in views:
+        app.segmented_control(key=key).set_value(view).run()
         assert_clean(app)
-        assert figures(app), show
+        assert bool(figures(app)) != (view in waiting or view == "Patch"), view
 
 
 def test_a_domain_narrows_the_routing(open_app: OpenApp) -> None:
@@ -65,14 +87,6 @@ def test_a_domain_narrows_the_routing(open_app: OpenApp) -> None:
     app.pills(key="domains").set_value(["code"]).run()
     assert_clean(app)
     assert "1 sample" in notes(app)[0]
-
-
-def test_each_view_of_the_state_draws(open_app: OpenApp) -> None:
-    app = open_app("state")
-    for show in ("Workspace", "Attention", "State space"):
-        app.segmented_control(key="show").set_value(show).run()
-        assert_clean(app)
-        assert figures(app), show
 
 
 def test_a_row_of_the_memory_shows_who_reads_it(open_app: OpenApp) -> None:
@@ -92,12 +106,17 @@ def test_a_model_without_a_path_says_so(open_app: OpenApp, tmp_path: Path) -> No
     assert "no moe path" in open_app("routing", model).info[0].value
     app = open_app("prompt", model)
     assert_clean(app)
-    assert list(app.segmented_control(key="details").options) == ["Next token", "State"]
+    assert list(app.segmented_control(key="details").options) == [
+        "Next token",
+        "Logit lens",
+        "Written by",
+        "State",
+    ]
 
 
 def test_a_model_without_sample_texts_names_the_next_step(open_app: OpenApp, tmp_path: Path) -> None:
     model = write_model(tmp_path / "bare", samples=False)
-    for page in ("routing", "memory", "state"):
+    for page in OF_A_CAPTURE:
         app = open_app(page, model)
         assert not app.exception
         assert "hydra-lab capture" in app.error[0].value
@@ -111,7 +130,7 @@ def test_a_capture_without_its_model(open_app: OpenApp, model_dir: Path, tmp_pat
     text.write_text("The quick brown fox. " * 20)
     run = tmp_path / "run.zarr"
     capture_files(model, tokenizer, [text], run, sequence_length=64, progress=False)
-    for page in ("start", "routing", "memory", "state"):
+    for page in ("start", "attention", "workspace", "state", "routing"):
         app = open_app(page, run)
         assert_clean(app)
     assert "the cost of cutting it was not measured" in notes(app)[0]

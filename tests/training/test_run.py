@@ -52,6 +52,8 @@ def test_log_says_what_happened(whole: Path) -> None:
     assert {f"scale_{path}" for path in PATHS} <= set(last)
     assert {"gate_0_ssm", "gate_1_attention", "gate_0_moe", "gate_1_workspace", "gate_2_memory"} <= set(last)
     assert {"loss", "learning_rate", "load_balance_loss", "tokens_per_second", "grad_norm"} <= set(last)
+    assert sum(last[f"load_0_{expert}"] for expert in range(4)) == pytest.approx(1.0, abs=1e-5)
+    assert 0 < last["memory_use_2"] <= 1 and 0 < last["memory_gate_2"] < 1 and last["state_norm_0"] > 0
     by_domain = {key.removeprefix("loss_") for row in rows for key in row if key.startswith("loss_")}
     assert by_domain <= set(DOMAINS)
     assert "facts" in by_domain
@@ -97,13 +99,13 @@ def start(corpus: Path, out: Path, *options: str, before: str = "") -> "subproce
 
 KILLED_AFTER_STEP_8 = """
 import os, signal
-from hydra_lab.training.log import TrainingLog
-write = TrainingLog.on_log
+from hydra_lab.training.log import LogWriter
+write = LogWriter.on_log
 def on_log(self, args, state, control, **kwargs):
     write(self, args, state, control, **kwargs)
     if state.global_step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
-TrainingLog.on_log = on_log
+LogWriter.on_log = on_log
 """
 
 
