@@ -17,6 +17,8 @@ PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 REPR = re.compile(r"[A-Z]\w*\(.*\)", re.DOTALL)
 """The Python expression that ipywidgets shows of a control where it cannot show the control."""
+PROGRESS = re.compile(r"\d+%\|")
+"""A progress bar, which stays at 0% without its kernel."""
 RUN_ME = "Run this cell to use its controls."
 
 
@@ -36,7 +38,6 @@ def run(notebook: NotebookNode, *, seconds: float = 300, allow_errors: bool = Fa
         kernel_name="python3",
         allow_errors=allow_errors,
         record_timing=False,
-        store_widget_state=False,
     )
     return client.execute()
 
@@ -48,24 +49,30 @@ def executed(notebook: NotebookNode) -> NotebookNode:
     which needs a kernel, leaves the text that it shows without one.
     """
     run(notebook, allow_errors=True)
+    notebook.metadata.pop("widgets", None)  # the state of the controls, useless without their kernel
     figures: dict[str, dict[str, Any]] = {}
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
         if has_tag(cell, "exercise") or has_tag(cell, "check"):
             cell.outputs, cell.execution_count = [], None
+        cell.outputs = [each for each in cell.outputs if not PROGRESS.search(_plain(each))]
         for output in cell.outputs:
             if output.output_type == "error":
                 raise RuntimeError(f"a cell that is no exercise failed: {output.ename}: {output.evalue}")
             data = output.get("data", {})
             if WIDGET in data:
                 del data[WIDGET]
-                if "text/html" not in data and REPR.fullmatch(data.get("text/plain", "")):
+                if "text/html" not in data and REPR.fullmatch(_plain(output)):
                     data["text/plain"] = RUN_ME
             if PLOTLY in data:
                 figures[f"figure-{len(figures)}"] = data
     _add_pictures(figures)
     return notebook
+
+
+def _plain(output: NotebookNode) -> str:
+    return output.get("data", {}).get("text/plain", "")
 
 
 def _add_pictures(outputs: dict[str, dict[str, Any]]) -> None:

@@ -81,17 +81,6 @@ def test_it_shows_something_names_its_source_and_uses_the_library(lesson: Lesson
     assert LIBRARY.search(code(lesson)), "nothing of hydra_lab is imported"
 
 
-@every_lesson
-def test_no_cell_but_its_check_needs_an_exercise(lesson: Lesson) -> None:
-    cells = lesson.notebook.cells
-    for exercise in exercises(lesson):
-        names = set(re.findall(r"^(?:def )?(\w+)(?=\(| = |: )", cells[exercise.cell].source, re.MULTILINE))
-        for index, cell in enumerate(cells):
-            if cell.cell_type == "code" and not (has_tag(cell, "exercise") or has_tag(cell, "check")):
-                used = {name for name in names if re.search(rf"\b{name}\b", cell.source)}
-                assert not used, f"cell {index} uses {used} of exercise {exercise.name}"
-
-
 def _without_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "code":
