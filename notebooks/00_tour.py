@@ -38,8 +38,11 @@ import hydra_lab
 from hydra_lab import HydraLens, figures, metrics
 from hydra_lab.accounting import parameter_table
 from hydra_lab.capture.in_memory import capture_batch
+from hydra_lab.capture.path_use import measure_path_use
 from hydra_lab.course import check, check_close, passed, predict, show_source
+from hydra_lab.data.sample_texts import read_sample_texts
 from hydra_lab.interventions import intervened
+from hydra_lab.loading import model_directory
 
 torch.set_num_threads(1)
 model, tokenizer = hydra_lab.load("demo")
@@ -88,22 +91,28 @@ def encode(text: str) -> torch.Tensor:
     return tokenizer(text, return_tensors="pt")["input_ids"]
 
 
+samples = {domain: texts[:2] for domain, texts in read_sample_texts(model_directory("demo")).items()}
+print("held-out samples of", ", ".join(samples))
+print(samples["prose"][0][:200])
+
 # %% tags=["predict"]
 same_experts = predict(
-    "In block 0, will a piece of code and a Bible-like text be sent to the same experts?",
+    "In block 0, will 256 tokens of Python and 256 tokens of old prose be sent to the same experts?",
     ["yes, about equally often", "partly", "no, they share none"],
 )
 
 # %%
-for name in ("code", "prose"):
-    record = metrics.routing_record(capture_batch(model, encode(TEXTS[name])))
+compared = {name: encode(samples[name][0])[:, :256] for name in ("code", "prose")}
+for name, ids in compared.items():
+    record = metrics.routing_record(capture_batch(model, ids))
     figure = figures.routing_map(metrics.routing_map(record))
-    display(figure.update_layout(title_subtitle_text=f"one text: {name}"))
+    figure.layout.title.text = f"{name.capitalize()}. {figure.layout.title.text}"
+    display(figure)
 
 # %%
 loads = {}
-for name in ("code", "prose"):
-    experts = hydra_lab.record(model, encode(TEXTS[name]))["layers.0.moe.routing"].experts
+for name, ids in compared.items():
+    experts = hydra_lab.record(model, ids)["layers.0.moe.routing"].experts
     loads[name] = torch.bincount(experts.flatten(), minlength=model.config.moe_num_experts) / experts.numel()
     print(
         f"{name:6s} ({experts.shape[1]} chunks) share of the places at each expert: {[round(x, 2) for x in loads[name].tolist()]}"
@@ -141,11 +150,6 @@ display(choice, own_text, ipywidgets.interactive_output(draw_routing, {"text": o
 # samples of held-out text. Every figure of the lab can carry this line.
 
 # %%
-from hydra_lab.capture.path_use import measure_path_use
-from hydra_lab.data.sample_texts import read_sample_texts
-from hydra_lab.loading import model_directory
-
-samples = {domain: texts[:2] for domain, texts in read_sample_texts(model_directory("demo")).items()}
 use = measure_path_use(model, tokenizer, samples)
 display(figures.path_use(use))
 for path in use.paths:

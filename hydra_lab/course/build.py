@@ -24,7 +24,7 @@ from hydra_lab.course.lesson import (
 )
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "notebooks"
-TABLE = re.compile(r"(?<=<!-- lessons -->\n).*?(?=\n<!-- end of lessons -->)", re.DOTALL)
+TABLE = re.compile(r"(?<=<!-- lessons -->\n).*?(?=<!-- end of lessons -->)", re.DOTALL)
 """Where the README holds the table that is written from the sources."""
 
 
@@ -127,7 +127,7 @@ def build(directory: str | Path = DIRECTORY, *, execute_tour: bool = True) -> li
             written.append(path)
     readme = directory / "README.md"
     if readme.is_file():
-        readme.write_text(TABLE.sub(lambda _: table(lessons), readme.read_text()))
+        readme.write_text(TABLE.sub(lambda _: table(lessons) + "\n", readme.read_text()))
         written.append(readme)
     return written
 

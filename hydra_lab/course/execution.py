@@ -3,6 +3,7 @@
 import base64
 import re
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hydra_lab.figures.export import write_png
 
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-REPR = re.compile(r"[A-Z]\w*\(.*\)", re.DOTALL)
+REPR = re.compile(r"[A-Z]\w*\(.*", re.DOTALL)
 """The Python expression that ipywidgets shows of a control where it cannot show the control."""
 PROGRESS = re.compile(r"\d+%\|")
 """A progress bar, which stays at 0% without its kernel."""
@@ -48,31 +49,34 @@ def executed(notebook: NotebookNode) -> NotebookNode:
     The exercises stay open: their cells and checks keep no output. A figure gets a PNG beside its JSON. A control,
     which needs a kernel, leaves the text that it shows without one.
     """
+    metadata = deepcopy(notebook.metadata)
     run(notebook, allow_errors=True)
-    notebook.metadata.pop("widgets", None)  # the state of the controls, useless without their kernel
+    notebook.metadata = metadata  # without this machine's versions and the state of controls whose kernel is gone
     figures: dict[str, dict[str, Any]] = {}
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
         if has_tag(cell, "exercise") or has_tag(cell, "check"):
             cell.outputs, cell.execution_count = [], None
-        cell.outputs = [each for each in cell.outputs if not PROGRESS.search(_plain(each))]
+        kept: list[NotebookNode] = []
         for output in cell.outputs:
             if output.output_type == "error":
-                raise RuntimeError(f"a cell that is no exercise failed: {output.ename}: {output.evalue}")
+                raise RuntimeError(
+                    f"a cell that is no exercise failed: {output.ename}: {output.evalue}\n{cell.source}"
+                )
             data = output.get("data", {})
             if WIDGET in data:
                 del data[WIDGET]
-                if "text/html" not in data and REPR.fullmatch(_plain(output)):
+                if "text/html" not in data and REPR.fullmatch(data["text/plain"]):
                     data["text/plain"] = RUN_ME
-            if PLOTLY in data:
-                figures[f"figure-{len(figures)}"] = data
+            if not PROGRESS.search(data.get("text/plain", "")) and output not in kept:
+                kept.append(output)
+        cell.outputs = kept
+        for output in kept:
+            if PLOTLY in output.get("data", {}):
+                figures[f"figure-{len(figures)}"] = output.data
     _add_pictures(figures)
     return notebook
-
-
-def _plain(output: NotebookNode) -> str:
-    return output.get("data", {}).get("text/plain", "")
 
 
 def _add_pictures(outputs: dict[str, dict[str, Any]]) -> None:

@@ -125,4 +125,4 @@ def test_a_code_host_shows_the_tour_with_its_figures() -> None:
 def test_the_readme_lists_the_lessons() -> None:
     listed = TABLE.search((DIRECTORY / "README.md").read_text())
     assert listed is not None
-    assert listed[0] == table(LESSONS), "write it anew with `make notebooks`"
+    assert listed[0] == table(LESSONS) + "\n", "write it anew with `make notebooks`"
