@@ -51,7 +51,9 @@ def executed(notebook: NotebookNode) -> NotebookNode:
     """
     metadata = deepcopy(notebook.metadata)
     run(notebook, allow_errors=True)
-    notebook.metadata = metadata  # without this machine's versions and the state of controls whose kernel is gone
+    notebook.metadata = (
+        metadata  # without this machine's versions and the state of controls whose kernel is gone
+    )
     figures: dict[str, dict[str, Any]] = {}
     for cell in notebook.cells:
         if cell.cell_type != "code":
