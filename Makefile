@@ -50,8 +50,8 @@ test-unit: $(STAMP) ## unit and property tests
 test-kernels: $(STAMP) ## the Triton kernels in the interpreter, and compiled for an H100
 	$(BIN)/pytest -n $(PYTEST_WORKERS) tests/kernels $(ARGS)
 
-test-notebooks: $(STAMP) ## run the lessons from top to bottom
-	$(BIN)/pytest -m notebook $(ARGS)
+test-notebooks: $(STAMP) ## every lesson from top to bottom, solved and as a student gets it
+	HYDRA_LAB_QUICK=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist worksteal -m notebook --durations=20 $(ARGS)
 
 test-dashboard: $(STAMP) ## the dashboard in process
 	$(BIN)/pytest -m dashboard $(ARGS)
@@ -74,8 +74,8 @@ demo-model: $(STAMP) ## train the model that ships anew (two hours on two cores)
 	$(BIN)/hydra-lab info $(MODEL) --corpus build/corpus --record
 	$(BIN)/python tests/demo_questions.py build/corpus
 
-notebooks: $(STAMP) ## write the notebooks from their py:percent sources
-	$(BIN)/jupytext --to ipynb notebooks/[0-9]*.py
+notebooks: $(STAMP) ## write the lessons' notebooks, with and without solutions, from their py:percent sources
+	$(BIN)/python -m hydra_lab.course.build
 
 format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """The command line: one line and exit code 2 for bad input, JSON for programs, help with an example."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,15 @@ def test_capture_records_a_changed_model(nano: str, text: str, tmp_path: Path) -
     assert set(routing[routing < 4].tolist()) == {3}  # what lies past a sample's end holds no expert
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The commands that would have replaced this process."""
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(lab, "become", lambda *words: commands.append(words))
+    monkeypatch.setenv("JUPYTER_PATH", os.environ.get("JUPYTER_PATH", ""))  # put back what the command sets
+    return commands
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -245,16 +255,45 @@ def test_capture_records_a_changed_model(nano: str, text: str, tmp_path: Path) -
     ],
 )
 def test_servers_listen_on_this_machine_only(
-    arguments: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], expected: list[str], started: list[tuple[str, ...]]
 ) -> None:
-    called: list[tuple[str, ...]] = []
-    monkeypatch.setattr(lab, "become", lambda *words: called.append(words))
     result = run(*arguments)
     assert result.exit_code == 0, result.stderr
-    (words,) = called
+    (words,) = started
     joined = " ".join(words)
     assert all(word in joined for word in expected)
     assert any(Path(word).is_file() for word in words), "the file to serve is not there"
+
+
+@pytest.mark.parametrize("lesson", [[], ["0"], ["00"], ["00_tour"], ["tour"], ["00_tour.ipynb"]])
+def test_a_lesson_is_found_by_number_or_name(lesson: list[str], started: list[tuple[str, ...]]) -> None:
+    result = run("notebook", *lesson, "--no-browser")
+    assert result.exit_code == 0, result.stderr
+    ((_, opened, *_),) = started
+    assert Path(opened).is_file() and Path(opened).name == "00_tour.ipynb"
+
+
+@pytest.mark.parametrize("lesson", ["99", "nonsense", ""])
+def test_an_unknown_lesson_lists_those_there_are(lesson: str, started: list[tuple[str, ...]]) -> None:
+    result = run("notebook", lesson)
+    assert result.exit_code == 2
+    assert f"no lesson {lesson!r}" in result.stderr and "00_tour" in result.stderr
+    assert started == []
+
+
+def test_a_notebook_runs_on_the_interpreter_that_opened_it(
+    started: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from jupyter_client.manager import KernelManager
+
+    kernel = tmp_path / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    other = {"argv": ["/elsewhere/python", "{connection_file}"], "display_name": "x", "language": "python"}
+    (kernel / "kernel.json").write_text(json.dumps(other))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    assert KernelManager().format_kernel_cmd()[0] == "/elsewhere/python"
+    assert run("notebook").exit_code == 0
+    assert KernelManager().format_kernel_cmd()[0] == sys.executable
 
 
 def test_the_installed_program_answers() -> None:

@@ -20,8 +20,6 @@ from hydra_lab.cli.rules import (
 
 commands = typer.Typer()
 
-TOUR = "00_tour.ipynb"
-
 
 @commands.command(
     epilog="Example: hydra-lab capture demo notes.txt articles.jsonl --out run.zarr --workers 2",
@@ -135,15 +133,20 @@ def _check_shown(name: str) -> None:
         raise BadInput(f"{name!r} is neither a model nor a capture (a directory with a zarr.json)") from None
 
 
-@commands.command(epilog="Example: hydra-lab notebook --no-browser")
+@commands.command(epilog="Example: hydra-lab notebook 05 --no-browser")
 def notebook(
+    lesson: Annotated[
+        str, typer.Argument(help="A lesson by number (05, 5) or name (05_chunk_experts); 0 is the tour.")
+    ] = "0",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 8888.")
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open it in a browser.")] = True,
 ) -> None:
-    """Open the guided tour in JupyterLab, on 127.0.0.1."""
-    require("jupyterlab", "ipywidgets", "plotly")
+    """Open the guided tour, or another lesson, in JupyterLab on 127.0.0.1."""
+    require("jupyterlab", "ipykernel", "ipywidgets", "plotly")
+    folder = checkout("notebooks")
+    opened = _find_lesson(folder, lesson)
     options = ["--ServerApp.ip=127.0.0.1"]
     if port is not None:
         options.append(f"--ServerApp.port={port}")
@@ -151,7 +154,36 @@ def notebook(
         options.append("--no-browser")
     if os.geteuid() == 0:
         options.append("--allow-root")  # as in a container; it listens on this machine only and wants a token
-    become("jupyterlab", str(checkout("notebooks") / TOUR), *options)
+    _prefer_own_kernel()
+    become("jupyterlab", str(opened), *options)
+
+
+def _prefer_own_kernel() -> None:
+    """Make the kernel `python3` this environment's, though the user may have installed another one of that name.
+
+    Jupyter looks along JUPYTER_PATH first, and starts a kernel whose command is `python` with its own interpreter.
+    """
+    own = str(Path(sys.prefix) / "share" / "jupyter")
+    others = [each for each in os.environ.get("JUPYTER_PATH", "").split(os.pathsep) if each not in ("", own)]
+    os.environ["JUPYTER_PATH"] = os.pathsep.join([own, *others])
+
+
+def _find_lesson(folder: Path, lesson: str) -> Path:
+    """The student's notebook of a lesson.
+
+    Raises:
+        BadInput: there is no such lesson, or more than one.
+    """
+    notebooks = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if lesson.isdecimal():
+        found = [path for path in notebooks if int(path.name[:2]) == int(lesson)]
+    else:
+        found = [path for path in notebooks if lesson.removesuffix(".ipynb") in (path.stem, path.stem[3:])]
+    if len(found) != 1:
+        raise BadInput(
+            f"there is no lesson {lesson!r}; there are {', '.join(path.stem for path in notebooks)}"
+        )
+    return found[0]
 
 
 def become(module: str, *arguments: str) -> None:

@@ -1,42 +1,52 @@
-"""The lessons: each notebook is what its source says, and runs from top to bottom in time."""
+"""The lessons run: solved from top to bottom in time, and as a student gets them up to the exercises."""
 
 import time
-from pathlib import Path
 
-import jupytext
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-SOURCES = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py"))
-SECONDS = 120
-"""What a lesson may take on two cores."""
+from hydra_lab.course.build import DIRECTORY, solutions_notebook, student_notebook
+from hydra_lab.course.execution import run
+from hydra_lab.course.lesson import Lesson, exercises, find_lessons, has_tag
 
-pytestmark = pytest.mark.notebook
+LESSONS = find_lessons(DIRECTORY)
+SECONDS = 90
+"""What a lesson may take beside another one on two cores."""
+UNSOLVED = {"NotImplementedError", "NotYet", "NameError"}
 
-
-def cells_of(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
-    return [(cell.cell_type, cell.source) for cell in notebook.cells]
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_notebook_matches_its_source(source: Path) -> None:
-    notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
-    assert cells_of(notebook) == cells_of(jupytext.read(source)), (
-        f"{source.stem}: regenerate the notebook with `make notebooks`"
-    )
+every_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_notebook_runs(source: Path) -> None:
-    notebook = jupytext.read(source)
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long experiments at their small size, on one thread, in the kernel that inherits this environment."""
+    monkeypatch.setenv("HYDRA_LAB_QUICK", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@every_lesson
+def test_the_solutions_run(lesson: Lesson) -> None:
     started = time.monotonic()
-    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3").execute()
+    run(solutions_notebook(lesson), seconds=SECONDS)
     seconds = time.monotonic() - started
-    print(f"{source.stem}: {seconds:.0f} s")
+    print(f"{lesson.name}: {seconds:.0f} s")
     assert seconds < SECONDS
 
 
-def test_there_is_a_tour() -> None:
-    assert [source.stem for source in SOURCES][:1] == ["00_tour"]
+@every_lesson
+def test_a_student_is_stopped_by_every_exercise_and_by_nothing_else(lesson: Lesson) -> None:
+    notebook = run(student_notebook(lesson), seconds=SECONDS, allow_errors=True)
+    failed: dict[int, str] = {}
+    number = -1
+    for index, cell in enumerate(notebook.cells):
+        number += has_tag(cell, "exercise")
+        for output in cell.get("outputs", []):
+            if output.output_type != "error":
+                continue
+            assert has_tag(cell, "exercise") or has_tag(cell, "check"), (
+                f"cell {index} is no exercise and failed: {output.ename}: {output.evalue}\n{cell.source}"
+            )
+            assert output.ename in UNSOLVED, f"cell {index}: {output.ename}: {output.evalue}"
+            failed[number] = output.ename
+    names = [exercise.name for exercise in exercises(lesson)]
+    solved = [name for index, name in enumerate(names) if index not in failed]
+    assert not solved, f"these exercises pass unsolved: {solved}"
