@@ -13,6 +13,7 @@ from hydra_lab.figures.theme import Theme
 
 _STYLE = """
 <style>
+[class*="st-key-heading-"] { flex-wrap: nowrap !important; }
 .figure-title { font-size: 1.02rem; font-weight: 600; line-height: 1.3; margin-bottom: .15rem; }
 .figure-note { font-size: .8rem; line-height: 1.4; opacity: .85; }
 [class*="st-key-wide-"] { overflow-x: auto; }
