@@ -1,0 +1,10 @@
+"""Small views with their own JavaScript, for JupyterLab (as anywidgets) and, over the same modules, the dashboard."""
+
+from hydra_lab.widgets.base import module_text as module_text
+from hydra_lab.widgets.base import style_text as style_text
+from hydra_lab.widgets.text import shown as shown
+from hydra_lab.widgets.text import token_texts as token_texts
+from hydra_lab.widgets.text import visible as visible
+from hydra_lab.widgets.token_strip import TokenStrip as TokenStrip
+from hydra_lab.widgets.token_strip import token_strip_payload as token_strip_payload
+from hydra_lab.widgets.token_strip import token_strip_svg as token_strip_svg
