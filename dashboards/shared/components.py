@@ -9,11 +9,13 @@ from hydra_lab.widgets import module_text, style_text
 from hydra_lab.widgets.base import Payload
 
 
-def _component(name: str) -> Any:
-    return st.components.v2.component(f"hydra_{name}", css=style_text(), js=module_text(name, "streamlit"))
+def _component(name: str, module: str) -> Any:
+    return st.components.v2.component(f"hydra_{name}", css=style_text(), js=module_text(module, "streamlit"))
 
 
-_TOKEN_STRIP = _component("token_strip")
+_TOKEN_STRIP = _component("token_strip", "token_strip")
+_BLOCK_DIAGRAM = _component("block_diagram", "scene")
+_ROUTING_LANES = _component("routing_lanes", "scene")
 
 
 def token_strip(payload: Payload, key: str, *, on_select: Callable[[int], None] | None = None) -> int | None:
@@ -26,6 +28,22 @@ def token_strip(payload: Payload, key: str, *, on_select: Callable[[int], None] 
         on_select: called with the token before the rerun.
     """
     return _mount(_TOKEN_STRIP, payload, key, on_select, lambda value: int(value))
+
+
+def block_diagram(
+    payload: Payload, key: str, *, on_select: Callable[[tuple[int, str]], None] | None = None
+) -> tuple[int, str] | None:
+    """Draw a payload of `hydra_lab.widgets.block_diagram_payload`; the (block, path) that the user selected last, or
+    None; else as `token_strip`."""
+    return _mount(_BLOCK_DIAGRAM, payload, key, on_select, lambda value: (int(value[0]), str(value[1])))
+
+
+def routing_lanes(
+    payload: Payload, key: str, *, on_select: Callable[[tuple[int, int]], None] | None = None
+) -> tuple[int, int] | None:
+    """Draw a payload of `hydra_lab.widgets.routing_lanes_payload`; the (block, chunk) that the user selected last, or
+    None; else as `token_strip`."""
+    return _mount(_ROUTING_LANES, payload, key, on_select, lambda value: (int(value[0]), int(value[1])))
 
 
 def _mount(

@@ -87,9 +87,9 @@ def magnitude_legend(limits: tuple[float, float], what: str, *, diverging: bool 
 
 
 def _span(text: str, css: str, title: str, chosen: bool) -> str:
-    shown = html.escape(shown(text))
+    body = html.escape(shown(text))
     kind = "token chosen" if chosen else "token"
-    return f'<span class="{kind}" style="{css}" title="{html.escape(title)}">{shown}</span>'
+    return f'<span class="{kind}" style="{css}" title="{html.escape(title)}">{body}</span>'
 
 
 def _box(pieces: list[str]) -> str:

@@ -22,7 +22,7 @@ def module_text(name: str, host: Host) -> str:
     adapter.
 
     Args:
-        name: "token_strip", "block_diagram" or "routing_lanes".
+        name: "token_strip", or "scene" for the block diagram and the routing lanes.
     """
     return "\n".join(_static(f"{part}.js") for part in ("common", name, host))
 
