@@ -97,7 +97,7 @@ def _path_item(
     idle = share < IDLE_SHARE
     inset = (num_paths - 1 - place) * _LEG
     start, end, depth = left + inset, left + _BLOCK - 16 - inset, _TOP + 16 + _LANE * (place + 1) - 6
-    inner = left + (num_paths - 1) * _LEG + 2
+    inner = start + 12
     value = f"{share:.0%}" + (" idle" if idle else "")
     named = f"{path} {value}" + ("" if gate is None else f" g {gate:.2f}")
     line = shape(
@@ -112,12 +112,12 @@ def _path_item(
         "rect",
         x=inner - 2,
         y=depth - 25,
-        width=_BLOCK - 16 - 2 * (num_paths - 1) * _LEG,
+        width=end - inner - 8,
         height=_LANE - 4,
         rx=3,
         fill="transparent",
     )
-    text = shape("text", named, x=inner, y=depth - 11, fill="currentColor", font_size=10.5)
+    text = shape("text", named, x=inner, y=depth - 11, fill="currentColor", font_size=10)
     details = [("block", str(layer)), ("path", path), ("share of the update", f"{share:.1%}")]
     if gate is not None:
         details.append(("gate g", f"{gate:.4f}"))

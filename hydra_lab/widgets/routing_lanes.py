@@ -100,8 +100,8 @@ def routing_lanes_payload(
 
 
 def chunk_margins(logits: NDArray[Any], experts: NDArray[Any]) -> NDArray[np.float64]:
-    """[Y, C] margins of the chunks of one text, from router logits [Y, C, E] and chosen experts [Y, C, K]; NaN where all
-    experts are chosen."""
+    """[Y, C] margins of the chunks of one text, from router logits [Y, C, E] and chosen experts [Y, C, K]; NaN where
+    all experts are chosen."""
     scores = logits.astype(np.float64)
     chosen = np.take_along_axis(scores, experts, axis=-1).min(axis=-1)
     left_out = scores.copy()
