@@ -16,7 +16,7 @@ from hydra_lab.widgets.base import Payload, Widget, module_text
 from hydra_lab.widgets.scene import Shape, check_choice, scene_item, scene_svg, shape
 
 _BLOCK, _LANE, _TOP, _LEG = (
-    176,
+    240,
     34,
     34,
     8,
