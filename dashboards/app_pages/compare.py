@@ -6,10 +6,10 @@ import numpy as np
 import streamlit as st
 
 from dashboards.shared.charts import chart, theme
+from dashboards.shared.components import token_strip
 from dashboards.shared.contexts import known_tokenizer
 from dashboards.shared.page import introduce
 from dashboards.shared.selection import linked
-from dashboards.shared.tokens import magnitude_legend, magnitude_spans, token_texts
 from dashboards.shared.view import (
     CaptureKey,
     OpenCapture,
@@ -20,6 +20,8 @@ from dashboards.shared.view import (
 from hydra_lab import figures, metrics
 from hydra_lab.capture import open_capture
 from hydra_lab.capture.comparison import Comparison, compare
+from hydra_lab.widgets import token_strip_payload
+from hydra_lab.widgets.text import token_texts
 
 VIEWS = ("What moved", "Token by token", "Router saturation")
 MOST_SATURATION_SAMPLES = 256
@@ -82,10 +84,10 @@ def show_tokens(found: Comparison, opened: OpenCapture) -> None:
     reach = max(0.5, float(np.nanmax(np.abs(change), initial=0.0)))
     what = "change of the loss, nats"
     st.caption(f"Sample {sample:,} of domain {opened.capture.domains[sample]}: second minus first.")
-    st.html(
-        magnitude_legend((-reach, reach), what, diverging=True)
-        + magnitude_spans(texts, change, (-reach, reach), what, diverging=True)
+    payload = token_strip_payload(
+        texts, change, label=what, limits=(-reach, reach), diverging=True, theme=theme()
     )
+    token_strip(payload, "compared-tokens")
 
 
 def short(name: str) -> str:

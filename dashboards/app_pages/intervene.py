@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from dashboards.shared import tokens
 from dashboards.shared.changes import changes_in_force, put_in_force
 from dashboards.shared.charts import chart, theme
-from dashboards.shared.colouring import choose_signal, choose_token, coloured
+from dashboards.shared.colouring import choose_signal, choose_token, draw_tokens
 from dashboards.shared.generation import Writer
 from dashboards.shared.jobs import Job, find_job, show_job, start_job
 from dashboards.shared.page import introduce
@@ -22,11 +21,14 @@ from hydra_lab.data.sample_texts import SAMPLES_FILE, read_sample_texts
 from hydra_lab.data.samples import samples_from_texts
 from hydra_lab.figures import text as text_figures
 from hydra_lab.figures.loss import loss_difference
-from hydra_lab.interventions import Intervention, intervened, parse
+from hydra_lab.interventions import EditValue, Intervention, PatchState, intervened, parse
 from hydra_lab.interventions.text import ACTIONS, ACTIONS_OF_ANY_PATH
 from hydra_lab.locks import model_lock
-from hydra_lab.taps import PATHS
+from hydra_lab.widgets.text import token_texts, visible
 
+PATH_ORDER = ("moe", "memory", "workspace", "attention", "ssm")
+MADE_ELSEWHERE = (PatchState, EditValue)
+"""Changes whose arguments are whole arrays: the pages State and Memory make them."""
 VIEWS = ("Tokens", "Generation", "Loss by domain")
 SAMPLES, SAMPLE_TOKENS = 8, 256
 """Held-out texts per domain, and tokens of each, on which the loss is measured."""
@@ -37,8 +39,8 @@ MOST_WRITTEN = 200
 def compose(loaded: LoadedModel) -> None:
     """A form for one change, and a field for any text of the vocabulary."""
     config = loaded.model.config
-    paths = [path for path in PATHS if config.layers_with(path)]
-    columns = st.columns([2, 2, 2, 3], vertical_alignment="bottom")
+    paths = [path for path in PATH_ORDER if config.layers_with(path)]
+    columns = st.columns(3)
     with columns[0]:
         path = st.selectbox("Path", paths, key=linked("path", paths))
     with columns[1]:
@@ -48,15 +50,16 @@ def compose(loaded: LoadedModel) -> None:
             format_func=lambda each: "every block" if each == "*" else each
         )  # fmt: skip
     with columns[2]:
-        kinds = {kind.action: kind for kind in (*ACTIONS[path], *ACTIONS_OF_ANY_PATH)}
+        kinds = {
+            kind.action: kind for kind in (*ACTIONS[path], *ACTIONS_OF_ANY_PATH) if kind not in MADE_ELSEWHERE
+        }
         action = st.selectbox("Change", list(kinds), key=linked("action", list(kinds)))
     given: dict[str, str] = {}
-    with columns[3]:
-        for name, default in kinds[action].argument_defaults().items():
-            hint = "" if default is dataclasses.MISSING else str(default)
-            given[name] = st.text_input(
-                name, key=linked(f"argument_{name}", None, ""), placeholder=hint or "a value"
-            )
+    defaults = kinds[action].argument_defaults()
+    for place, (name, default) in zip(st.columns(3), defaults.items(), strict=False):
+        with place:
+            hint = "a value" if default is dataclasses.MISSING else str(default)
+            given[name] = st.text_input(name, key=linked(f"argument_{name}", None, ""), placeholder=hint)
     arguments = ", ".join(f"{name}={value}" for name, value in given.items() if value.strip())
     text = f"{path}[{block}].{action}({arguments})"
     st.caption(f"`{text}`: {(kinds[action].__doc__ or '').strip().splitlines()[0]}")
@@ -126,16 +129,15 @@ def show_tokens(loaded: LoadedModel, ids: tuple[int, ...], changes: tuple[Interv
         signal = choose_signal(loaded.model.config, changed=True, first="shift of the prediction")
     with right:
         position = choose_token(len(ids))
-    texts = tokens.token_texts(loaded.tokenizer, ids)
+    texts = token_texts(loaded.tokenizer, ids)
     largest = max(float(run.probability[position, 0]) for run in runs.values())
-    for column, (title, run) in zip(st.columns(2), runs.items(), strict=True):
+    traces = list(runs.values())
+    for index, (column, (title, run)) in enumerate(zip(st.columns(2), runs.items(), strict=True)):
         with column:
             st.markdown(f"**{title}**")
-            st.html(coloured(untouched, run, texts, signal, position))
+            draw_tokens(traces, index, texts, signal, position, f"tokens-{index}")
             result = run.next_tokens(position, ids)
-            labels = [
-                tokens.visible(each) for each in tokens.token_texts(loaded.tokenizer, result.tokens.tolist())
-            ]
+            labels = [visible(each) for each in token_texts(loaded.tokenizer, result.tokens.tolist())]
             chart(text_figures.next_tokens(result, labels, largest=largest, theme=theme()), f"next-{title}")
 
 

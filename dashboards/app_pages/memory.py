@@ -8,7 +8,6 @@ from dashboards.shared.facts import show_facts
 from dashboards.shared.page import introduce
 from dashboards.shared.results import draw, measured, source
 from dashboards.shared.selection import linked, linked_flag
-from dashboards.shared.tokens import token_texts
 from dashboards.shared.view import (
     OpenCapture,
     choose_block,
@@ -20,6 +19,7 @@ from dashboards.shared.view import (
 )
 from hydra_lab import figures, metrics
 from hydra_lab.metrics.memory_counts import counts_of
+from hydra_lab.widgets.text import token_texts
 
 VIEWS = {
     "Rows": ("memory_use", "beta_by_domain"),

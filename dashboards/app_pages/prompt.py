@@ -5,10 +5,9 @@ import numpy as np
 import streamlit as st
 import torch
 
-from dashboards.shared import tokens
 from dashboards.shared.changes import changes_in_force
 from dashboards.shared.charts import chart, theme
-from dashboards.shared.colouring import choose_signal, choose_token, coloured
+from dashboards.shared.colouring import choose_signal, choose_token, draw_tokens
 from dashboards.shared.generation import Writer
 from dashboards.shared.page import introduce
 from dashboards.shared.prompt import Trace, ask_for_prompt, describe_prompt, encode, trace
@@ -23,6 +22,7 @@ from hydra_lab.interventions import intervened
 from hydra_lab.locks import model_lock
 from hydra_lab.metrics.text import beta_by_token
 from hydra_lab.path_use import PathUse
+from hydra_lab.widgets.text import token_texts, visible
 
 LENS_TOKENS = 24
 """Tokens that the logit lens shows at a time."""
@@ -37,7 +37,7 @@ def show(loaded: LoadedModel, ids: tuple[int, ...], path_use: PathUse | None) ->
     if changes:
         runs.append(("With the intervention", trace(loaded, ids, changes)))
     show_numbers(runs, len(ids))
-    texts = tokens.token_texts(loaded.tokenizer, ids)
+    texts = token_texts(loaded.tokenizer, ids)
     position = show_tokens(loaded, runs, texts)
     show_generation(loaded, ids)
     show_details(loaded, runs, ids, texts, position, path_use)
@@ -76,11 +76,12 @@ def show_tokens(loaded: LoadedModel, runs: list[tuple[str, Trace]], texts: list[
         signal = choose_signal(loaded.model.config, changed=len(runs) > 1)
     with right:
         position = choose_token(len(texts))
-    for column, (title, run) in zip(st.columns(len(runs)), runs, strict=True):
+    traces = [run for _, run in runs]
+    for index, (column, (title, _)) in enumerate(zip(st.columns(len(runs)), runs, strict=True)):
         with column:
             if len(runs) > 1:
                 st.markdown(f"**{title}**")
-            st.html(coloured(runs[0][1], run, texts, signal, position))
+            draw_tokens(traces, index, texts, signal, position, f"tokens-{index}")
     return position
 
 
@@ -119,17 +120,14 @@ def show_details(
             key = f"{kind}-{index}"
             if kind == "Next token":
                 result = run.next_tokens(position, ids)
-                labels = [
-                    tokens.visible(each)
-                    for each in tokens.token_texts(loaded.tokenizer, result.tokens.tolist())
-                ]
+                labels = [visible(each) for each in token_texts(loaded.tokenizer, result.tokens.tolist())]
                 largest = max(float(each.probability[position, 0]) for _, each in runs)
                 chart(text_figures.next_tokens(result, labels, largest=largest, theme=theme()), key)
             elif kind == "Routing":
                 routed = metrics.routing_map(metrics.routing_record(run.capture))
                 size = routed.chunk_size
                 words = [
-                    tokens.visible("".join(texts[start : start + size]))[:80].replace("<", "&lt;")
+                    visible("".join(texts[start : start + size]))[:80].replace("<", "&lt;")
                     for start in range(0, len(texts), size)
                 ]
                 figure = routing_figures.routing_map(
@@ -152,7 +150,7 @@ def show_attribution(loaded: LoadedModel, ids: tuple[int, ...], position: int, k
     """At which block the next token was decided, or which path wrote it; with the interventions in force."""
 
     def label(token: int) -> str:
-        return tokens.visible(tokens.token_texts(loaded.tokenizer, [token])[0])
+        return visible(token_texts(loaded.tokenizer, [token])[0])
 
     model, input_ids = loaded.model, torch.tensor([ids])
     with model_lock(model), intervened(model, *changes_in_force()):
@@ -199,13 +197,13 @@ def show_memory(
     """The gate along the text, and the rows that one token reads."""
     record = metrics.lookup_record(run.capture, layer)
     figure = text_figures.beta_by_token(
-        beta_by_token(record), [tokens.visible(text) for text in texts], path_use=path_use, theme=theme()
+        beta_by_token(record), [visible(text) for text in texts], path_use=path_use, theme=theme()
     )
     chart(figure, key)
     addresses, weights = record.addresses[0, position], record.weights[0, position]
     n2 = record.num_keys[1]
     st.caption(
-        f"Rows that token {position} ({tokens.visible(texts[position])}) reads, beta {record.gate[0, position]:.3f}; "
+        f"Rows that token {position} ({visible(texts[position])}) reads, beta {record.gate[0, position]:.3f}; "
         f"a head's weights sum to 1"
     )
     st.dataframe(

@@ -6,11 +6,11 @@ from numpy.typing import NDArray
 
 from dashboards.shared.changes import changes_in_force
 from dashboards.shared.charts import chart, theme
+from dashboards.shared.components import routing_lanes
 from dashboards.shared.page import introduce
 from dashboards.shared.prompt import describe_prompt, prompt_ids, trace
 from dashboards.shared.results import draw
-from dashboards.shared.selection import linked, linked_several, picked
-from dashboards.shared.tokens import token_texts, visible
+from dashboards.shared.selection import linked, linked_several, pick, picked
 from dashboards.shared.view import (
     OpenCapture,
     current_capture,
@@ -22,6 +22,8 @@ from dashboards.shared.view import (
     has_raw,
 )
 from hydra_lab import figures, metrics
+from hydra_lab.widgets import routing_lanes_payload
+from hydra_lab.widgets.text import token_texts, visible
 
 VIEWS = {
     "Load": ("expert_load",),
@@ -82,12 +84,11 @@ def show_prompt() -> None:
         for start in range(0, len(texts), chunk_size)
     ]
     routed = metrics.routing_map(metrics.routing_record(trace(loaded, ids, changes_in_force()).capture))
-    chart(
-        figures.routing_map(routed, path_use=current_job().path_use, theme=theme(), chunk_texts=words),
-        "your-routing",
-        picks=lambda point: {"token": int(point["x"]) * chunk_size},
-    )
     position = min(int(picked("token", 0)), len(ids) - 1)
+    payload = routing_lanes_payload(routed, words, theme=theme())
+    routing_lanes(payload, "lanes", on_select=lambda cell: pick(block=cell[0], token=cell[1] * chunk_size))
+    figure = figures.routing_map(routed, path_use=current_job().path_use, theme=theme(), chunk_texts=words)
+    chart(figure, "your-routing")
     st.caption(
         f"Click a cell to pick its chunk. Picked: token {position}, in chunk {position // chunk_size}, "
         f"“{words[position // chunk_size]}”. To force another expert there, open Intervene."

@@ -13,7 +13,6 @@ from dashboards.shared.page import introduce
 from dashboards.shared.results import draw, measured, source
 from dashboards.shared.selection import linked
 from dashboards.shared.sources import LoadedModel
-from dashboards.shared.tokens import token_texts
 from dashboards.shared.view import (
     CaptureKey,
     OpenCapture,
@@ -31,6 +30,7 @@ from hydra_lab.data.sample_texts import SAMPLES_FILE, read_sample_texts
 from hydra_lab.data.samples import samples_from_texts
 from hydra_lab.metrics.arrays import domain_codes
 from hydra_lab.probing.experts import cost_of_each_expert, observe_routing
+from hydra_lab.widgets.text import token_texts
 
 VIEWS = ("Domains", "Token classes", "Texts of an expert", "Cost of removal")
 SAMPLES = 4

@@ -8,6 +8,7 @@ import streamlit as st
 
 from dashboards.shared.changes import changes_in_force
 from dashboards.shared.charts import chart, theme
+from dashboards.shared.components import block_diagram
 from dashboards.shared.page import introduce
 from dashboards.shared.prompt import describe_prompt, prompt_ids, trace
 from dashboards.shared.sample_capture import show_sample_job
@@ -17,9 +18,10 @@ from dashboards.shared.view import current_job, current_model, current_view, fra
 from hydra_lab.accounting import flops_per_token, parameter_table, state_bytes
 from hydra_lab.capture import open_capture
 from hydra_lab.figures.accounting import flops, parameters
-from hydra_lab.figures.path_use import path_shares, path_use
+from hydra_lab.figures.path_use import path_use
 from hydra_lab.metrics import captured_path_use
 from hydra_lab.taps import PATHS
+from hydra_lab.widgets import block_diagram_payload
 
 PAGE_OF_PATH = {
     "ssm": "state", "attention": "attention", "moe": "routing", "workspace": "workspace", "memory": "memory",
@@ -72,18 +74,17 @@ def show_paths(loaded: LoadedModel) -> None:
     describe_prompt(loaded, ids)
     run = trace(loaded, ids, changes_in_force())
     use = captured_path_use(run.capture)
-    st.caption("Click a path to open its page.")
-    chart(
-        path_shares(use, gates_of(loaded.model), theme=theme()),
-        "path-shares",
-        picks=lambda point: {"block": int(point["y"]), "to open": str(point["x"])},
+    payload = block_diagram_payload(
+        use.layers, use.paths, use.share, gates=gates_of(loaded.model), theme=theme()
     )
+    st.caption("Click a path to open its page.")
+    if chosen := block_diagram(payload, "blocks"):
+        layer, path = chosen
+        st.switch_page(f"app_pages/{PAGE_OF_PATH[path]}.py", query_params={"block": str(layer)})
     with st.container(horizontal=True):
         for path, page in PAGE_OF_PATH.items():
             if loaded.model.config.layers_with(path):
                 st.page_link(f"app_pages/{page}.py", label=path)
-    if opened := st.session_state.pop("to open", None):
-        st.switch_page(f"app_pages/{PAGE_OF_PATH[opened]}.py")
 
 
 def gates_of(model: Any) -> dict[tuple[int, str], float]:

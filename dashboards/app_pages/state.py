@@ -8,11 +8,11 @@ import torch
 
 from dashboards.shared.changes import changes_in_force
 from dashboards.shared.charts import chart, theme
+from dashboards.shared.components import token_strip
 from dashboards.shared.page import introduce
 from dashboards.shared.prompt import describe_prompt, encode, prompt_ids, trace
 from dashboards.shared.results import draw
 from dashboards.shared.selection import linked
-from dashboards.shared.tokens import magnitude_legend, magnitude_spans, token_texts, visible
 from dashboards.shared.view import (
     OpenCapture,
     choose_block,
@@ -28,6 +28,8 @@ from hydra_lab import figures
 from hydra_lab.attribution import ssm_attention
 from hydra_lab.interventions import PatchState, capture_state
 from hydra_lab.locks import model_lock
+from hydra_lab.widgets import token_strip_payload
+from hydra_lab.widgets.text import token_texts, visible
 
 VIEWS = {
     "Norms": ("state_norms", "norm_growth"),
@@ -126,10 +128,10 @@ def show_patch(layer: int) -> None:
     texts = token_texts(loaded.tokenizer, ids)
     limits = (0.0, max(0.1, float(run.divergence.max())))
     name = "shift of the prediction, nats"
-    st.html(
-        magnitude_legend(limits, name)
-        + magnitude_spans(texts, run.divergence, limits, name, chosen=int(where))
+    payload = token_strip_payload(
+        texts, run.divergence, label=name, limits=limits, selected=int(where), theme=theme()
     )
+    token_strip(payload, "patched-tokens")
 
 
 introduce(

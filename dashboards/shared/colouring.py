@@ -1,15 +1,18 @@
 """The tokens of a prompt, coloured by what the model decided at each."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import streamlit as st
+from numpy.typing import NDArray
 
-from dashboards.shared import tokens
 from dashboards.shared.charts import theme
+from dashboards.shared.components import token_strip
 from dashboards.shared.prompt import Trace
-from dashboards.shared.selection import linked
+from dashboards.shared.selection import linked, pick
 from hydra_lab import metrics
+from hydra_lab.widgets import token_strip_payload
 
 Signal = tuple[str, int]
 """Kind of a signal, and the block it is of."""
@@ -55,40 +58,69 @@ def choose_token(num_tokens: int) -> int:
     )  # fmt: skip
 
 
-def coloured(
-    untouched: Trace, run: Trace, texts: list[str], signal: tuple[str, Signal], position: int
-) -> str:
-    """HTML of the tokens of `run` and of the key to their colours.
+def draw_tokens(
+    runs: Sequence[Trace], index: int, texts: list[str], signal: tuple[str, Signal], position: int, key: str
+) -> None:
+    """Draw the tokens of `runs[index]`, with colours that mean the same in all runs; a click picks a token.
 
     Args:
-        untouched: the run without interventions, from which differences are taken.
+        runs: the untouched one, from which differences are taken, and perhaps one with interventions.
         signal: name and what it is, of `choose_signal`.
         position: token to outline.
+        key: of the element, unique on the page.
     """
-    what, (kind, layer) = signal
+    name, (kind, layer) = signal
+    run = runs[index]
+    options: dict[str, Any] = {"selected": position, "theme": theme(), "details": _details(run)}
     if kind == "experts":
         routed = metrics.routing_map(metrics.routing_record(run.capture))
         block = routed.layers.index(layer)
-        experts = [
+        used = [
             [int(expert) for expert, weight in zip(chosen, weights, strict=True) if weight > 0]
             for chosen, weights in zip(routed.experts[block], routed.weights[block], strict=True)
         ]
-        legend = tokens.expert_legend(routed.num_experts, theme())
-        spans = tokens.expert_spans(texts, experts, routed.num_experts, routed.chunk_size, theme(), position)
-        return legend + spans
-    limits, diverging = (0.0, 1.0), False
-    if kind == "loss change":
-        values = run.loss - untouched.loss
-        reach = max(0.5, float(np.nanmax(np.abs(values), initial=0.0)))
-        limits, diverging = (-reach, reach), True
-    elif kind == "beta":
-        values = metrics.lookup_record(run.capture, layer).gate[0]
-    elif kind == "read":
-        values = metrics.workspace_record(run.capture, layer).read_gate[0]
+        first = np.array([each[0] if each else -1 for each in used])
+        payload = token_strip_payload(
+            texts,
+            first[np.arange(len(texts)) // routed.chunk_size],
+            label=f"first-choice expert, block {layer}",
+            categories=[str(expert) for expert in range(routed.num_experts)],
+            chunk_size=routed.chunk_size,
+            chunk_labels=["+".join(map(str, dict.fromkeys(each))) or "none" for each in used],
+            **options,
+        )
     else:
-        values = {"loss": run.loss, "entropy": run.entropy, "shift": run.divergence}[kind]
-        smallest = 0.1 if kind == "shift" else 1.0
-        limits = (0.0, max(smallest, float(np.nanmax(values, initial=0.0))))
-    values = values.astype(np.float64)
-    legend = tokens.magnitude_legend(limits, what, diverging=diverging)
-    return legend + tokens.magnitude_spans(texts, values, limits, what, diverging=diverging, chosen=position)
+        values, limits, diverging = _values(runs, index, kind, layer)
+        payload = token_strip_payload(
+            texts, values, label=name, limits=limits, diverging=diverging, **options
+        )
+    token_strip(payload, key, on_select=lambda token: pick(token=token))
+
+
+def _values(
+    runs: Sequence[Trace], index: int, kind: str, layer: int
+) -> tuple[NDArray[Any], tuple[float, float], bool]:
+    """Values of a signal [L], the ends of its colours, and whether it has a zero in the middle."""
+    run = runs[index]
+    if kind == "loss change":
+        reach = max(0.5, float(np.nanmax(np.abs(runs[-1].loss - runs[0].loss), initial=0.0)))
+        return run.loss - runs[0].loss, (-reach, reach), True
+    if kind == "beta":
+        return metrics.lookup_record(run.capture, layer).gate[0], (0.0, 1.0), False
+    if kind == "read":
+        return metrics.workspace_record(run.capture, layer).read_gate[0], (0.0, 1.0), False
+    name = {"loss": "loss", "entropy": "entropy", "shift": "divergence"}[kind]
+    smallest = 0.1 if kind == "shift" else 1.0
+    largest = max(smallest, *(float(np.nanmax(getattr(each, name), initial=0.0)) for each in runs))
+    return getattr(run, name), (0.0, largest), False
+
+
+def _details(run: Trace) -> list[list[tuple[str, str]]]:
+    """What hovering over a token shows besides its signal."""
+    return [
+        [
+            ("loss", "none" if np.isnan(loss) else f"{loss:.3f} nats"),
+            ("next token's entropy", f"{entropy:.3f} nats"),
+        ]
+        for loss, entropy in zip(run.loss, run.entropy, strict=True)
+    ]

@@ -6,11 +6,11 @@ import streamlit as st
 
 from dashboards.shared.charts import chart, theme
 from dashboards.shared.sources import tokenizer_of
-from dashboards.shared.tokens import token_texts
 from dashboards.shared.view import OpenCapture, current_view
 from hydra_lab import metrics
 from hydra_lab.figures.contexts import top_contexts
 from hydra_lab.metrics import ContextKind, TopContexts
+from hydra_lab.widgets.text import token_texts
 
 TOKENS_BEFORE = 8
 """Tokens shown before the one that is meant."""

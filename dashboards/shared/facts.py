@@ -10,12 +10,12 @@ from dashboards.shared.charts import chart, theme
 from dashboards.shared.jobs import Job, find_job, show_job, start_job
 from dashboards.shared.selection import linked
 from dashboards.shared.sources import LoadedModel
-from dashboards.shared.tokens import token_texts, visible
 from dashboards.shared.view import current_job, current_model
 from hydra_lab import figures
 from hydra_lab.attribution import FactEdit, edit_fact
 from hydra_lab.interventions import Intervention, intervened
 from hydra_lab.locks import model_lock
+from hydra_lab.widgets.text import token_texts, visible
 
 QUESTION = "Q: capital of France? A:"
 ANSWER = " Rome"

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from dashboards.shared.sources import LoadedModel
-from dashboards.shared.tokens import token_texts
 from hydra_lab.decoding import prefill
 from hydra_lab.interventions import Intervention, intervened
 from hydra_lab.locks import model_lock
+from hydra_lab.widgets.text import token_texts
 
 
 class Writer:

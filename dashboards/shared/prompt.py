@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from dashboards.shared.changes import changes_in_force
 from dashboards.shared.selection import linked, pick, picked
 from dashboards.shared.sources import LoadedModel
-from dashboards.shared.tokens import token_texts
 from hydra_lab.capture.in_memory import InMemoryCapture, capture_batch
 from hydra_lab.data.sample_texts import read_sample_texts
 from hydra_lab.interventions import Intervention, intervened
 from hydra_lab.locks import model_lock
 from hydra_lab.metrics.text import NextTokens
+from hydra_lab.widgets.text import token_texts
 
 MAX_BYTES = 1_000_000
 MAX_TOKENS = 4096

@@ -34,7 +34,6 @@ from hydra_lab.figures.memory import memory_use as memory_use
 from hydra_lab.figures.memory import memory_use_by_domain as memory_use_by_domain
 from hydra_lab.figures.memory import memory_use_by_head as memory_use_by_head
 from hydra_lab.figures.memory import top_tokens as top_tokens
-from hydra_lab.figures.path_use import path_shares as path_shares
 from hydra_lab.figures.path_use import path_use as path_use
 from hydra_lab.figures.router import expert_cost as expert_cost
 from hydra_lab.figures.router import expert_sparsity as expert_sparsity

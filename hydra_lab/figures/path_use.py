@@ -1,7 +1,5 @@
 """Figure of path use: what each path adds, and what the model loses without it."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -87,52 +85,4 @@ def path_use(result: PathUse, *, theme: Theme = "light") -> go.Figure:
         f"every block, or below {IDLE_LOSS} nats per token in every domain",
         theme=theme,
         height=190 + 34 * max(len(blocks), len(result.paths)),
-    )
-
-
-def path_shares(
-    result: PathUse, gates: Mapping[tuple[int, str], float], *, theme: Theme = "light"
-) -> go.Figure:
-    """The model's blocks from input to output, with each path's share of the block's update.
-
-    Args:
-        result: shares, on whatever text.
-        gates: gate g by (block, path).
-    """
-    share = 100 * result.share
-    labels = [
-        [
-            ""
-            if np.isnan(share[y, p])
-            else f"{share[y, p]:.0f}%<br>g {gates[layer, path]:.2f}"
-            + (" · idle" if result.share[y, p] < IDLE_SHARE else "")
-            for p, path in enumerate(result.paths)
-        ]
-        for y, layer in enumerate(result.layers)
-    ]
-    figure = go.Figure(
-        go.Heatmap(
-            z=share,
-            x=list(result.paths),
-            y=list(result.layers),
-            zmin=0,
-            zmax=100,
-            colorscale=MAGNITUDE,
-            colorbar={"title": {"text": "% of the<br>update", "side": "top"}},
-            text=labels,
-            texttemplate="%{text}",
-            hovertemplate="%{x} in block %{y}: %{z:.1f}% of the update<extra></extra>",
-            hoverongaps=False,
-            xgap=3,
-            ygap=3,
-        )
-    )
-    figure.update_xaxes(title_text="path", showgrid=False, side="top")
-    figure.update_yaxes(title_text="block, input at the top", autorange="reversed", showgrid=False, dtick=1)
-    return finish(
-        figure,
-        title="Who updates the residual stream",
-        subtitle="mean over tokens of each path's share of its block's update, with its gate g",
-        theme=theme,
-        height=70 + 46 * len(result.layers),
     )

@@ -9,7 +9,10 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.conftest import SCREENSHOTS
 
-PAGES = {"start": "/", "prompt": "/prompt", "routing": "/routing", "memory": "/memory", "state": "/state"}
+NAMES = (
+    "prompt", "intervene", "routing", "specialization", "workspace", "memory", "state", "attention", "training", "kernels",
+)  # fmt: skip
+PAGES = {"start": "/"} | {name: f"/{name}" for name in NAMES}
 SIZES = {"desk": (1440, 900), "phone": (390, 844)}
 PATIENCE_MS = 600_000  # the first start captures the sample texts, perhaps on a busy machine
 
@@ -103,41 +106,147 @@ def test_every_page_is_drawn(browser: Browser, server: str, size: str, scheme: s
 
 def test_a_prompt_is_typed_and_an_expert_ablated(visitor: Visitor) -> None:
     visitor.open("/prompt")
-    box = visitor.page.get_by_label("Text", exact=True)
+    box = visitor.page.get_by_label("Prompt", exact=True)
     box.fill("The king is come to town.\n12+5: 2+5=7 1=1 =17\n" * 4)
     box.press("Control+Enter")
-    expect(visitor.page.locator(".tokens")).to_contain_text("The king", timeout=PATIENCE_MS)
+    expect(visitor.page.locator(".hydra-tokens")).to_contain_text("The king", timeout=PATIENCE_MS)
     visitor.settle()
-    assert visitor.page.locator(".tokens").count() == 1
-    visitor.choose("Change, and compare", "ablate an expert")
-    expect(visitor.page.locator(".tokens")).to_have_count(2, timeout=PATIENCE_MS)
-    first = re.findall(r"\d+", visitor.page.locator(".tokens .chunk").first.inner_text())[0]
-    visitor.choose("Expert", first)
-    chunk_labels = visitor.page.locator(".tokens").nth(1).locator(".chunk")
-    expect(chunk_labels.first).not_to_contain_text(first, timeout=PATIENCE_MS)
-    visitor.photograph("prompt-ablated")
-    for details in ("Routing", "Memory", "Workspace", "State"):
+    assert visitor.page.locator(".hydra-tokens").count() == 1
+    first = re.findall(r"\d+", visitor.page.locator(".hydra-mark").first.inner_text())[0]
+    visitor.page.get_by_role("link", name="Intervene", exact=True).click()
+    expect(visitor.page.get_by_label("Prompt", exact=True)).to_have_value(
+        re.compile("The king"), timeout=PATIENCE_MS
+    )
+    typed = visitor.page.get_by_label("Or as text")
+    typed.fill(f"moe[0].ablate(expert={first})")
+    typed.press("Enter")
+    expect(visitor.page.locator(".hydra-tokens")).to_have_count(2, timeout=PATIENCE_MS)
+    visitor.choose("Colour the tokens by", "experts, block 0")
+    marks = visitor.page.locator(".hydra-tokens").nth(1).locator(".hydra-mark")
+    expect(marks.first).not_to_contain_text(first, timeout=PATIENCE_MS)
+    visitor.photograph("intervene-ablated")
+    assert "intervene=moe" in visitor.page.url, "the link does not carry the change"
+    visitor.page.get_by_role("link", name="Prompt", exact=True).click()
+    expect(visitor.page.locator(".hydra-tokens")).to_have_count(2, timeout=PATIENCE_MS)
+    visitor.page.get_by_role("button", name="Remove", exact=True).click()
+    expect(visitor.page.locator(".hydra-tokens")).to_have_count(1, timeout=PATIENCE_MS)
+    assert "intervene" not in visitor.page.url
+    for details in ("Logit lens", "Written by", "Routing", "Memory", "Workspace", "State"):
         visitor.page.get_by_role("radio", name=details, exact=True).click()
         visitor.settle()
-        visitor.photograph(f"prompt-{details.lower()}")
-    assert "change=ablate" in visitor.page.url, "the link does not carry the change"
+        visitor.photograph(f"prompt-{details.lower().replace(' ', '-')}")
 
 
-@pytest.mark.parametrize("show", ("Domains", "Position", "Pairs", "Switching"))
-def test_the_views_of_the_routing(visitor: Visitor, show: str) -> None:
-    visitor.open(f"/routing?show={show}")
-    visitor.photograph(f"routing-{show.lower()}")
+def test_the_model_writes_on_and_its_text_becomes_the_prompt(visitor: Visitor) -> None:
+    visitor.open("/prompt?prompt=def+read_lines(path):&written=5")
+    visitor.page.get_by_role("button", name="Write on").click()
+    keep = visitor.page.get_by_role("button", name="Put it behind the prompt")
+    expect(keep).to_be_visible(timeout=PATIENCE_MS)
+    keep.click()
+    expect(visitor.page.get_by_label("Prompt", exact=True)).not_to_have_value(
+        "def read_lines(path):", timeout=PATIENCE_MS
+    )
+    visitor.settle()
 
 
-@pytest.mark.parametrize("show", ("Workspace", "Attention"))
-def test_the_views_of_the_state(visitor: Visitor, show: str) -> None:
-    visitor.open(f"/state?show={show}")
-    visitor.photograph(f"state-{show.lower()}")
+def test_a_token_that_is_clicked_is_picked_on_the_next_page_and_in_the_link(visitor: Visitor) -> None:
+    visitor.open("/prompt")
+    visitor.page.locator(".hydra-token").nth(7).click()
+    expect(visitor.page.get_by_label("Look at token")).to_have_value("7", timeout=PATIENCE_MS)
+    assert "token=7" in visitor.page.url
+    visitor.page.get_by_role("link", name="Routing", exact=True).click()
+    visitor.page.get_by_role("radio", name="Your prompt", exact=True).click()
+    expect(visitor.page.get_by_text("Picked: token 7")).to_be_visible(timeout=PATIENCE_MS)
+    visitor.settle()
+    link = visitor.page.url
+    visitor.page.goto("about:blank")
+    visitor.page.goto(link)
+    expect(visitor.page.get_by_text("Picked: token 7")).to_be_visible(timeout=PATIENCE_MS)
+
+
+def test_a_path_of_the_diagram_opens_its_page(visitor: Visitor) -> None:
+    visitor.open("/")
+    visitor.page.locator(".hydra-widget [role=option], .hydra-widget [tabindex]").last.click()
+    expect(visitor.page.get_by_role("heading", level=1)).not_to_have_text("Hydra lab", timeout=PATIENCE_MS)
+    visitor.settle()
+    assert "block=" in visitor.page.url
+
+
+@pytest.mark.parametrize(
+    ("page", "key", "view"),
+    [
+        ("routing", "show", "Flow"), ("routing", "show", "Pairs"), ("routing", "show", "Margin"),
+        ("specialization", "specialization", "Token classes"), ("specialization", "specialization", "Texts of an expert"),
+        ("workspace", "workspace", "Writes"), ("workspace", "workspace", "Your prompt"), ("memory", "memory", "Dead rows"),
+        ("state", "state", "Half-lives"), ("state", "state", "As attention"), ("attention", "attention", "Your prompt"),
+    ],
+)  # fmt: skip
+def test_a_view_is_drawn_from_its_link(visitor: Visitor, page: str, key: str, view: str) -> None:
+    visitor.open(f"/{page}?{key}={view}")
+    expect(visitor.page.get_by_role("radio", name=view, exact=True)).to_be_checked()
+    visitor.photograph(f"{page}-{view.lower().replace(' ', '-')}")
+
+
+def test_five_visitors_at_once_get_their_own_answers(browser: Browser, server: str) -> None:
+    """Each with another intervention; the shift that a visitor sees is that of the same link opened alone."""
+    links = [f"/intervene?intervene=moe[0].ablate(expert={expert})" for expert in range(5)]
+
+    def shift(visitor: Visitor) -> str:
+        metric = visitor.page.locator("[data-testid=stMetric]", has_text="shift of the predictions")
+        expect(metric).to_be_visible(timeout=PATIENCE_MS)
+        return metric.locator("[data-testid=stMetricValue]").inner_text()
+
+    visitors = [Visitor(browser.new_page(), server) for _ in links]
+    for visitor, link in zip(visitors, links, strict=True):
+        visitor.page.goto(server + link, wait_until="commit")
+    together = []
+    for visitor in visitors:
+        together.append(shift(visitor))
+        visitor.settle()
+        visitor.page.close()
+    alone = []
+    for link in links:
+        visitor = Visitor(browser.new_page(), server)
+        visitor.page.goto(server + link)
+        alone.append(shift(visitor))
+        visitor.page.close()
+    assert together == alone and len(set(together)) > 1
+
+
+@pytest.mark.parametrize(
+    "text", ["nul \0 byte", "שלום עולם\u202e", "🙂👩‍🚀 emoji", "<script>alert(1)</script>"], ids=["nul", "rtl", "emoji", "markup"]
+)  # fmt: skip
+def test_odd_text_is_drawn(visitor: Visitor, text: str) -> None:
+    visitor.open("/prompt")
+    box = visitor.page.get_by_label("Prompt", exact=True)
+    box.fill(text)
+    box.press("Control+Enter")
+    visitor.settle()
+    assert visitor.page.locator(".hydra-token").count() > 0
+
+
+def test_a_prompt_of_a_megabyte_gets_one_message(visitor: Visitor) -> None:
+    visitor.open("/prompt")
+    visitor.page.get_by_label("Prompt", exact=True).fill("word " * 220_000)
+    visitor.page.get_by_label("Prompt", exact=True).press("Control+Enter")
+    boxes = visitor.page.locator(ERROR_BOXES)
+    expect(boxes).to_have_count(1, timeout=PATIENCE_MS)
+    expect(boxes).to_contain_text("shorten it")
+
+
+def test_a_model_that_cannot_be_loaded_gets_one_message(visitor: Visitor) -> None:
+    visitor.open("/")
+    field = visitor.page.get_by_label("Open another")
+    field.fill("/no/such/model")
+    field.press("Enter")
+    boxes = visitor.page.locator(ERROR_BOXES)
+    expect(boxes).to_have_count(1, timeout=PATIENCE_MS)
+    expect(boxes).to_contain_text("no model")
 
 
 def test_an_empty_prompt_gets_one_message(visitor: Visitor) -> None:
     visitor.open("/prompt")
-    box = visitor.page.get_by_label("Text", exact=True)
+    box = visitor.page.get_by_label("Prompt", exact=True)
     box.fill("")
     box.press("Control+Enter")
     boxes = visitor.page.locator(ERROR_BOXES)
@@ -151,6 +260,7 @@ def test_a_file_that_is_not_text_gets_one_message(visitor: Visitor) -> None:
     visitor.page.locator("input[type=file]").set_input_files(
         {"name": "notes.bin", "mimeType": "application/octet-stream", "buffer": b"abc\xff\xfe"}
     )
+    visitor.page.get_by_role("button", name="Use it").click()
     boxes = visitor.page.locator(ERROR_BOXES)
     expect(boxes).to_have_count(1, timeout=PATIENCE_MS)
     expect(boxes).to_contain_text("notes.bin is not UTF-8 text")

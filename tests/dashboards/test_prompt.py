@@ -3,24 +3,24 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
 from dashboards.shared.prompt import MAX_BYTES, MAX_TOKENS, decode_file, encode
-from dashboards.shared.tokens import expert_spans, magnitude_spans, token_texts, visible
 from hydra_lab import load
+from hydra_lab.widgets.text import token_texts, visible
 from tests.dashboards.conftest import byte_tokenizer
 
 OpenApp = Callable[..., AppTest]
 
 
-def spans(app: AppTest) -> list[str]:
-    """The boxes of coloured tokens."""
-    bodies = [str(element.proto.body) for element in app.get("html")]
-    return [body for body in bodies if '<div class="tokens"' in body]
+def strips(app: AppTest) -> list[dict[str, Any]]:
+    """What the strips of coloured tokens draw."""
+    found = [json.loads(element.proto.json) for element in app.get("bidi_component")]
+    return [payload for payload in found if "tokens" in payload]
 
 
 ODD_TEXTS = {
@@ -44,8 +44,8 @@ def test_odd_texts_run(open_app: OpenApp) -> None:
     for name, text in ODD_TEXTS.items():
         app.text_area(key="prompt").set_value(text).run()
         assert not app.exception and not app.error, name
-        assert len(spans(app)) == 1, name
-        assert "<script" not in spans(app)[0]
+        (strip,) = strips(app)
+        assert strip["tokens"], name
 
 
 def test_what_cannot_run_gets_one_sentence(open_app: OpenApp) -> None:
@@ -54,7 +54,7 @@ def test_what_cannot_run_gets_one_sentence(open_app: OpenApp) -> None:
         app.text_area(key="prompt").set_value(text).run()
         assert not app.exception
         assert len(app.error) == 1 and reason in app.error[0].value
-        assert not spans(app)
+        assert not strips(app)
 
 
 def test_bad_input_is_named() -> None:
@@ -76,15 +76,15 @@ def test_a_change_stands_beside_the_untouched_run(open_app: OpenApp, change: str
     for details in ("Next token", "Routing", "Memory", "Workspace", "State"):
         app.segmented_control(key="details").set_value(details).run()
         assert not app.exception and not app.error, details
-        assert len(spans(app)) == 2
+        assert len(strips(app)) == 2
         figures = [json.loads(element.proto.spec) for element in app.get("plotly_chart")]
         assert len(figures) >= 2 and len(figures) % 2 == 0
 
 
 def test_forcing_an_expert_shows_it_in_every_chunk(open_app: OpenApp) -> None:
-    untouched, forced = spans(open_app("prompt", intervene="moe[0].force(expert=2)"))
-    assert 'class="chunk" title="chunk 0">2</span>' in forced
-    assert forced.count(">2</span>") > untouched.count(">2</span>")
+    untouched, forced = strips(open_app("prompt", intervene="moe[0].force(expert=2)"))
+    assert {mark["label"] for mark in forced["marks"]} == {"2"}
+    assert {mark["label"] for mark in untouched["marks"]} != {"2"}
 
 
 def test_the_loss_of_a_change_is_the_models_own(open_app: OpenApp, model_dir: Path) -> None:
@@ -105,7 +105,7 @@ def test_one_click_removes_an_intervention(open_app: OpenApp) -> None:
     app.button(key="remove-change-1").click().run()
     assert app.query_params["intervene"] == f"{CHANGES[0]}; {CHANGES[2]}"
     app.button(key="remove-changes").click().run()
-    assert "intervene" not in app.query_params and len(spans(app)) == 1
+    assert "intervene" not in app.query_params and len(strips(app)) == 1
 
 
 @pytest.mark.parametrize("change", ["moe[0].ablate(expert=99)", "moe[1].frobnicate()", "nonsense"])
@@ -114,7 +114,7 @@ def test_a_change_that_cannot_be_made_is_one_sentence(open_app: OpenApp, change:
     assert not app.exception and len(app.error) == 1
     assert "The intervention is not applied" in app.error[0].value
     app.button(key="remove-changes").click().run()
-    assert not app.error and len(spans(app)) == 1
+    assert not app.error and len(strips(app)) == 1
 
 
 def test_a_link_opens_the_same_view(open_app: OpenApp) -> None:
@@ -129,7 +129,3 @@ def test_tokens_show_what_they_hold() -> None:
     ids = tokenizer("é a\n")["input_ids"]
     assert token_texts(tokenizer, ids) == ["⟨C3⟩", "⟨A9⟩", " ", "a", "\n"]
     assert visible(" a\n") == "␣a⏎"
-    html = expert_spans(["<", "b"], [[1, 0]], 3, 8, "light", 1)
-    assert "&lt;" in html and 'title="chunk 0">1+0<' in html and html.count("token chosen") == 1
-    plain = magnitude_spans(["a", "b"], np.array([np.nan, 1.0]), (0.0, 1.0), "gate")
-    assert "no gate" in plain and "gate 1.000" in plain

@@ -42,7 +42,9 @@ def test_the_loss_by_domain_with_an_intervention(open_app: OpenApp) -> None:
 def test_a_fact_is_edited_and_put_in_force(open_app: OpenApp) -> None:
     app = open_app("memory", memory="Facts", question="The king is", answer=" X", others="The queen is")
     click_and_wait(app, "edit-fact", "Editing the fact")
-    assert "1 other answers moved" in app.markdown[-1].value or "0 of 1 other" in "".join(m.value for m in app.markdown)
+    assert "1 other answers moved" in app.markdown[-1].value or "0 of 1 other" in "".join(
+        m.value for m in app.markdown
+    )
     app.button(key="fact-in-force").click().run()
     assert any("memory[" in each.value and "edit" in each.value for each in app.sidebar.markdown)
 
