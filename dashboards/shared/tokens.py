@@ -2,37 +2,15 @@
 
 import html
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from plotly.colors import sample_colorscale, unlabel_rgb
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hydra_lab.figures.theme import DIVERGING, MAGNITUDE, Theme, colours
-
-_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
-_VISIBLE = {"\n": "⏎\n", "\t": "⇥\t", "\r": "␍", "\0": "␀"}
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token; a token that holds part of a character shows its bytes in hexadecimal."""
-    texts: list[str] = []
-    for token in tokenizer.convert_ids_to_tokens(list(ids)):
-        if all(character in _BYTE_OF for character in token):
-            raw = bytes(_BYTE_OF[character] for character in token)
-            try:
-                texts.append(raw.decode("utf-8"))
-            except UnicodeDecodeError:
-                texts.append("⟨" + raw.hex(" ").upper() + "⟩")
-        else:
-            texts.append(token)  # a special token, which stands for itself
-    return texts
-
-
-def visible(text: str) -> str:
-    """A token's text on one line, white space shown."""
-    return "".join({" ": "␣", "\n": "⏎"}.get(c, _VISIBLE.get(c, c)) for c in text)
+from hydra_lab.widgets.text import shown
+from hydra_lab.widgets.text import token_texts as token_texts
+from hydra_lab.widgets.text import visible as visible
 
 
 def expert_spans(
@@ -109,9 +87,9 @@ def magnitude_legend(limits: tuple[float, float], what: str, *, diverging: bool 
 
 
 def _span(text: str, css: str, title: str, chosen: bool) -> str:
-    shown = html.escape("".join(_VISIBLE.get(character, character) for character in text))
+    body = html.escape(shown(text))
     kind = "token chosen" if chosen else "token"
-    return f'<span class="{kind}" style="{css}" title="{html.escape(title)}">{shown}</span>'
+    return f'<span class="{kind}" style="{css}" title="{html.escape(title)}">{body}</span>'
 
 
 def _box(pieces: list[str]) -> str:
