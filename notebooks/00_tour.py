@@ -87,7 +87,7 @@ def encode(text: str) -> torch.Tensor:
 
 # %% [markdown]
 # How hard is each token for it? Below, each token is coloured by its loss, given everything before it; the marks are the
-# chunks of the experts. Point at a token for its value. The pairs come as news, their repetitions do not.
+# chunks of the experts. Point at a token for its value. Which name comes is news each time; what belongs to it is news only once.
 
 # %%
 recalled = encode(TEXTS["recall"])
