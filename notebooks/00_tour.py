@@ -43,6 +43,7 @@ from hydra_lab.course import check, check_close, passed, predict, show_source
 from hydra_lab.data.sample_texts import read_sample_texts
 from hydra_lab.interventions import intervened
 from hydra_lab.loading import model_directory
+from hydra_lab.widgets import TokenStrip
 
 torch.set_num_threads(1)
 model, tokenizer = hydra_lab.load("demo")
@@ -61,13 +62,6 @@ print(f"{parameter_table(model.config).total:,} parameters")
 ids = tokenizer("def read_lines(path):\n    ", return_tensors="pt")
 written = model.generate(**ids, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(written[0]))
-
-# %% [markdown]
-# ## Who took which chunk?
-#
-# A mixture-of-experts path cuts the text into chunks and sends all tokens of a chunk to the same two experts. The
-# router sees only what is known at a chunk's *first token*: that token and an average over the earlier chunks. (The
-# paper's prototype averages over the chunk itself, so its tokens see their own future.)
 
 # %%
 TEXTS = {
@@ -91,6 +85,30 @@ def encode(text: str) -> torch.Tensor:
     return tokenizer(text, return_tensors="pt")["input_ids"]
 
 
+# %% [markdown]
+# How hard is each token for it? Below, each token is coloured by its loss, given everything before it; the marks are the
+# chunks of the experts. Point at a token for its value. Which name comes is news each time; what belongs to it is news only once.
+
+# %%
+recalled = encode(TEXTS["recall"])
+with torch.no_grad():
+    log_probabilities = model(recalled).logits[0, :-1].log_softmax(-1)
+loss = -log_probabilities.gather(1, recalled[0, 1:, None])[:, 0]
+TokenStrip(
+    [tokenizer.decode(i) for i in recalled[0]],
+    [float("nan"), *loss.tolist()],
+    label="loss (nats)",
+    chunk_size=model.config.moe_chunk_size,
+)
+
+# %% [markdown]
+# ## Who took which chunk?
+#
+# A mixture-of-experts path cuts the text into chunks and sends all tokens of a chunk to the same two experts. The
+# router sees only what is known at a chunk's *first token*: that token and an average over the earlier chunks. (The
+# paper's prototype averages over the chunk itself, so its tokens see their own future.)
+
+# %%
 samples = {domain: texts[:2] for domain, texts in read_sample_texts(model_directory("demo")).items()}
 print("held-out samples of", ", ".join(samples))
 print(samples["prose"][0][:200])

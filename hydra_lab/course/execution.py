@@ -16,7 +16,7 @@ from hydra_lab.figures.export import write_png
 
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-REPR = re.compile(r"[A-Z]\w*\(.*", re.DOTALL)
+REPR = re.compile(r"[A-Z]\w*\(.*|<.* object at 0x.*>", re.DOTALL)
 """The Python expression that ipywidgets shows of a control where it cannot show the control."""
 PROGRESS = re.compile(r"\d+%\|")
 """A progress bar, which stays at 0% without its kernel."""
