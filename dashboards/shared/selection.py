@@ -13,7 +13,9 @@ import streamlit as st
 LONGEST_IN_ADDRESS = 1500
 """Characters of a text that is still part of the address; browsers and proxies cut much longer ones."""
 
-_PICKED, _DEFAULTS, _PAGE, _SEEDED = "picked", "defaults", "page on show", "seeded"
+_PICKED, _DEFAULTS, _PAGE, _SEEDED, _STALE = "picked", "defaults", "page on show", "seeded", "page is stale"
+_PAGE_WIDE = {"prompt", "intervene", "open"}
+"""What is picked for the whole page, beyond the fragment that picks it."""
 
 
 def read_address(page: str) -> None:
@@ -23,6 +25,7 @@ def read_address(page: str) -> None:
         page: the page that is about to run. On the page that the visitor is on already the address is only ever what
             `write_address` made it, perhaps late, and is not read.
     """
+    st.session_state[_STALE] = False
     if st.session_state.get(_PAGE) == page:
         return
     st.session_state[_PAGE] = page
@@ -89,6 +92,13 @@ def pick(**values: Any) -> None:
     """Pick values from a callback, or on a page that does not show their widgets."""
     _picked().update(values)
     st.session_state.update(values)
+    if not _PAGE_WIDE.isdisjoint(values):
+        st.session_state[_STALE] = True
+
+
+def page_is_stale() -> bool:
+    """Whether something was picked that a fragment alone does not show; a new run of the page ends that."""
+    return st.session_state.get(_STALE, False)
 
 
 def _picked() -> dict[str, Any]:

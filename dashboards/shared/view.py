@@ -12,7 +12,7 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from dashboards.shared.sample_capture import SampleJob, sample_job, show_sample_job
-from dashboards.shared.selection import linked, pick, picked, write_address
+from dashboards.shared.selection import linked, page_is_stale, pick, picked, write_address
 from dashboards.shared.sources import LoadedModel, Shown, loaded_model
 from hydra_lab.capture import open_capture
 from hydra_lab.capture.layout import SUMMARY
@@ -39,6 +39,8 @@ def fragment(draw: Callable[Arguments, None]) -> Callable[Arguments, None]:
     @st.fragment
     @wraps(draw)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        if page_is_stale():
+            st.rerun()
         try:
             draw(*args, **kwargs)
         except (ValueError, OSError) as error:

@@ -85,7 +85,7 @@ def _add_pictures(outputs: dict[str, dict[str, Any]]) -> None:
     """Draw every output that is a plotly figure as a PNG beside it."""
     if not outputs:
         return
-    drawn = {
+    drawn: dict[str, Any] = {
         name: plotly.io.from_json(plotly.io.json.to_json_plotly(data[PLOTLY]))
         for name, data in outputs.items()
     }

@@ -1,6 +1,7 @@
 """Figures of a training run as it goes: losses, gates, expert load, use of the memory, norms of the states."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -140,7 +141,7 @@ def _lines(log: TrainingLog, lines: Mapping[str, NDArray[np.float64]], theme: Th
     return figure
 
 
-def _thinned(values: NDArray[np.generic]) -> NDArray[np.generic]:
+def _thinned(values: NDArray[Any]) -> NDArray[Any]:
     if len(values) <= _MOST_POINTS:
         return values
     return values[np.linspace(0, len(values) - 1, _MOST_POINTS).round().astype(np.int64)]

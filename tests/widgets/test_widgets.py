@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.resources import files
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -41,7 +43,7 @@ def strip() -> TokenStrip:
 
 
 @pytest.mark.parametrize("make", (strip, lanes, diagram))
-def test_a_picture_is_well_formed_and_the_payload_is_json(make: type[TokenStrip]) -> None:
+def test_a_picture_is_well_formed_and_the_payload_is_json(make: Callable[[], Any]) -> None:
     widget = make()
     bundle = widget._repr_mimebundle_()[0]
     root = ElementTree.fromstring(bundle["image/svg+xml"])
