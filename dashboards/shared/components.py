@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
+from streamlit.components.v2 import component
 
 from hydra_lab.widgets import module_text, style_text
 from hydra_lab.widgets.base import Payload
 
 
 def _component(name: str, module: str) -> Any:
-    return st.components.v2.component(f"hydra_{name}", css=style_text(), js=module_text(module, "streamlit"))
+    return component(f"hydra_{name}", css=style_text(), js=module_text(module, "streamlit"))
 
 
 _TOKEN_STRIP = _component("token_strip", "token_strip")

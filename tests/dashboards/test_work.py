@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ def test_a_composed_change_is_put_in_force(open_app: OpenApp) -> None:
 
 
 def test_what_is_written_is_what_generate_writes(model_dir: Path) -> None:
+    model: Any
     model, tokenizer = load(model_dir)
     loaded = LoadedModel("tiny", model_dir, model, tokenizer)
     ids = tuple(tokenizer("The king is come")["input_ids"])
