@@ -1,52 +1,100 @@
 """Kernels: which backend runs, and how fast and right it was measured to be, here and on the reference GPU."""
 
+import re
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
+import torch
 
 from dashboards.shared.charts import chart, theme
+from dashboards.shared.jobs import Job, find_job, show_job, start_job
 from dashboards.shared.page import introduce
 from dashboards.shared.selection import linked
-from dashboards.shared.sources import loaded_model
-from dashboards.shared.view import current_view, fragment
+from dashboards.shared.sources import LoadedModel
+from dashboards.shared.view import current_model, current_view, fragment
+from hydra_lab.bench.agreement import LENGTH, measure_agreement
 from hydra_lab.bench.plots import plot_result
 from hydra_lab.bench.result import BenchResult
 from hydra_lab.capture.engine import backends_of
+from hydra_lab.ops.backend import PACKAGES
 
-RESULTS = Path(__file__).resolve().parents[2] / "hydra_lab" / "bench" / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "hydra_lab" / "bench" / "results"
+GPU_REPORT = ROOT / "GPU.md"
 OWN_RESULTS = Path("build") / "bench"
-"""Where `hydra-lab bench ... --out build/bench/NAME.json` leaves what was measured on this machine."""
+"""Where the results of this machine are looked for."""
 
 
-def show_backends() -> None:
-    """The backend of every operation of the chosen model."""
-    view = current_view()
-    if view.model is None:
-        return
-    model = loaded_model(view.model).model
+def show_backends(loaded: LoadedModel) -> None:
+    """The backend of every operation of the model, and how near it comes to the reference on this machine."""
+    model = loaded.model
     device = next(model.parameters()).device
-    st.markdown(f"**{view.model}** runs on `{device}` with: `{backends_of(model)}`.")
-    st.caption(
-        "Another backend: `hydra_lab.ops.use_backend`, or `ops_backend` in the model's configuration. What "
-        "was verified on "
-        "a GPU, and what waits, stands in GPU.md."
+    st.markdown(f"**{loaded.name}** runs on `{device}` with: `{backends_of(model)}`.")
+    st.caption("Another backend: `hydra_lab.ops.use_backend`, or `ops_backend` in the model's configuration.")
+    key = ("agreement", loaded.directory, str(device))
+    job = find_job(key)
+    if job is None or job.cancelled:
+        st.button("Check them against the reference", on_click=start_job, args=(
+            key, "Operations against their reference", lambda job: check(loaded, device, job)
+        ), key="check-operations")  # fmt: skip
+    elif job.running or job.error:
+        show_job(job)
+    else:
+        show_agreement(job.result, LENGTH, f"this machine ({device})")
+
+
+def check(loaded: LoadedModel, device: torch.device, job: Job) -> list[dict[str, Any]]:
+    """Every operation's backends against the reference at the sizes of the model, fp32."""
+    found: list[dict[str, Any]] = []
+    for each in measure_agreement(loaded.model.config, device=device, dtype=torch.float32):
+        found.append(asdict(each))
+        job.note(len({row["operation"] for row in found}) / len(PACKAGES), each.operation)
+    return found
+
+
+def show_agreement(rows: list[dict[str, Any]], length: int, where: str) -> None:
+    st.markdown(f"**Largest error against the reference**, {length} tokens, on {where}")
+    st.dataframe(
+        [
+            {
+                "operation": row["operation"],
+                "backend": row["backend"],
+                "output": f"{row['output']:.1e}",
+                "gradients": "no gradient" if row["gradient"] is None else f"{row['gradient']:.1e}",
+            }
+            for row in rows
+        ],
+        hide_index=True,
+        key=f"agreement-{where}",
     )
+    st.caption("Over the largest value of the reference's tensor, in the same precision.")
+
+
+def show_gpu() -> None:
+    """What the project knows of its kernels on a GPU."""
+    if not GPU_REPORT.is_file():
+        return
+    with st.expander("On the reference GPU: what is verified, and what waits"):
+        st.markdown(re.sub("^#+ ", "##### ", GPU_REPORT.read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
 @fragment
 def show_results() -> None:
     files = {path.stem: path for folder in (OWN_RESULTS, RESULTS) for path in sorted(folder.glob("*.json"))}
     names = list(files)
-    if not names:
-        st.info("No result file: measure with `hydra-lab bench kernels --out build/bench/kernels.json`.")
-        return
+    st.caption(
+        "To measure this machine: `hydra-lab bench kernels --rounds 3 --out build/bench/kernels-here.json`; this page "
+        "reads it when the dashboard was started in the same directory."
+    )
     name = st.selectbox("Result file", names, key=linked("result", names))
     result = BenchResult.read(files[name])
     environment = result.environment
     versions = {key: value for key, value in environment["versions"].items() if value is not None}
+    where = f"{environment['device']} ({environment['hardware']['cpu']})"
     st.caption(
-        f"`bench {result.bench}` on {environment['device']} ({environment['hardware']['cpu']}), commit "
-        f"{(environment['commit'] or 'none')[:10]}; "
+        f"`bench {result.bench}` on {where}, commit {(environment['commit'] or 'none')[:10]}; "
         + ", ".join(f"{key} {value}" for key, value in versions.items())
     )
     chart(plot_result(result, theme()), f"bench-{name}")
@@ -65,6 +113,8 @@ def show_results() -> None:
             hide_index=True,
             key="goals",
         )
+    if "agreement" in result.findings:
+        show_agreement(result.findings["agreement"], result.findings["agreement_length"], where)
     if result.skipped:
         with st.expander(f"Not measured: {len(result.skipped)}"):
             st.dataframe(
@@ -76,14 +126,11 @@ def show_results() -> None:
 
 introduce(
     "Kernels",
-    "Which backend computes each operation, and how fast was it?",
+    "Which backend computes each operation, how right and how fast is it?",
     "Ratios within one run are what to compare; absolute times belong to the machine that they were taken on.",
     "12_triton_kernel",
 )
-show_backends()
-st.caption(
-    "To measure this machine: `hydra-lab bench kernels --quick --out build/bench/kernels-here.json`, then "
-    "open this page "
-    "from the same directory."
-)
+if current_view().model is not None:
+    show_backends(current_model())
+show_gpu()
 show_results()

@@ -23,15 +23,6 @@ _STYLE = """
   [class*="st-key-labelled-"] > .stElementContainer:has(.stPlotlyChart) { min-width: 34rem; }
 }
 .stMainBlockContainer { padding-top: 3rem; padding-bottom: 3rem; }
-.tokens { line-height: 2.15; max-height: 25rem; overflow: auto; padding: .7rem .8rem; border-radius: .5rem;
-  border: 1px solid color-mix(in srgb, currentColor 18%, transparent); font-family: ui-monospace, monospace;
-  font-size: .84rem; overflow-wrap: anywhere; }
-.tokens .token { padding: .18rem .05rem; border-radius: .2rem; unicode-bidi: isolate; white-space: pre-wrap; }
-.tokens .chosen { outline: 2px solid currentColor; }
-.tokens .chunk { font-size: .66rem; font-weight: 700; vertical-align: super; margin: 0 .15rem 0 .3rem; opacity: .9;
-  white-space: nowrap; }
-.legend { font-size: .8rem; line-height: 1.9; }
-.legend .key { padding: .1rem .45rem; border-radius: .25rem; margin-right: .35rem; white-space: nowrap; }
 </style>
 """
 

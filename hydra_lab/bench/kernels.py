@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from hydra_lab.bench.agreement import LENGTH, measure_agreement
 from hydra_lab.bench.ceilings import copy_bandwidth, matmul_rate
 from hydra_lab.bench.contests import Arena, Contest, Contestant
 from hydra_lab.bench.environment import describe_environment
@@ -78,6 +79,8 @@ def measure_kernels(plan: KernelsPlan, progress: Progress) -> BenchResult:
     arena = Arena(config, plan.length, plan.device, plan.dtype, plan.seed)
     for contest in arena.all():
         run(contest)
+    progress("comparing every backend with its reference")
+    agreement = list(measure_agreement(config, device=plan.device, dtype=plan.dtype, seed=plan.seed))
     for length in plan.attention_lengths:
         run(Arena(config, length, plan.device, plan.dtype, plan.seed).sparse_attention())
     for length in plan.path_lengths:
@@ -95,6 +98,7 @@ def measure_kernels(plan: KernelsPlan, progress: Progress) -> BenchResult:
             **ceilings,
         },
         rows=rows,
+        findings={"agreement": [asdict(each) for each in agreement], "agreement_length": LENGTH},
         goals=_goals(plan, timings, rows),
         skipped=skipped,
     )

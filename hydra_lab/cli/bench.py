@@ -282,6 +282,19 @@ def _print_kernels(result: "BenchResult") -> None:
         ]
         columns = ["", "ms", "quartiles", "x torch", "of matmul", "of copy"]
         print_table(f"Operations, {direction}, batch 1", columns, rows)
+    rows = [
+        [
+            f"{each['operation']}: {each['backend']}",
+            f"{each['output']:.1e}",
+            "" if each["gradient"] is None else f"{each['gradient']:.1e}",
+        ]
+        for each in result.findings["agreement"]
+    ]
+    print_table(
+        f"Largest error against the reference, {result.findings['agreement_length']} tokens",
+        ["", "output", "gradients"],
+        rows,
+    )
 
 
 def _print_capture(result: "BenchResult") -> None:

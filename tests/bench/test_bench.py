@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hydra_lab.bench import BenchResult
+from hydra_lab.bench.agreement import Agreement, agreements
 from hydra_lab.bench.capture import IDLE, PLAIN, RECORDED, TRACED, CapturePlan, measure_capture
+from hydra_lab.bench.contests import Contest, Contestant
 from hydra_lab.bench.kernels import FORWARD, TRAINING, KernelsPlan, measure_kernels, record_measured
 from hydra_lab.bench.peers import num_parameters, peer_configs
 from hydra_lab.bench.plots import plot_result
@@ -68,6 +70,27 @@ def test_kernels_measures_every_operation_in_both_directions(kernels: BenchResul
     assert ("chunk_moe", FORWARD, "grouped_mm") in seen
     assert kernels.skipped["triton of ssd at 64"].startswith("it needs a CUDA device")
     assert all(row["ms"] > 0 and row["of_matmul"] > 0 for row in kernels.rows)
+
+
+def test_kernels_says_how_near_each_backend_comes_to_its_reference(kernels: BenchResult) -> None:
+    found = {(each["operation"], each["backend"]): each for each in kernels.findings["agreement"]}
+    assert {operation for operation, _ in found} == {*PACKAGES, "memory_read"}
+    for (operation, _), each in found.items():
+        assert each["output"] <= 1e-5
+        assert (each["gradient"] is None) == (operation == "select_blocks")
+        assert (each["gradient"] or 0.0) <= 1e-5
+
+
+def test_a_backend_that_is_wrong_does_not_agree() -> None:
+    def contestant(gain: float) -> Contestant:
+        x = torch.arange(1.0, 5.0).requires_grad_()
+        return Contestant(lambda: torch.cat([gain * x, torch.tensor([-torch.inf])]), (x,))
+
+    contest = Contest(
+        "ssd", 4, 0, 0, {"reference": contestant(1), "torch": contestant(1.5), "a peer": contestant(9)}
+    )
+    (found,) = agreements(contest)
+    assert found == Agreement("ssd", "torch", 0.5, 0.5)
 
 
 def test_a_measurement_is_recorded_for_auto(

@@ -13,6 +13,7 @@ from dashboards.shared.generation import Writer
 from dashboards.shared.jobs import Job
 from dashboards.shared.sources import LoadedModel
 from hydra_lab import load
+from hydra_lab.bench.kernels import KernelsPlan, measure_kernels
 from hydra_lab.interventions import intervened, parse
 
 OpenApp = Callable[..., AppTest]
@@ -63,6 +64,29 @@ def test_a_composed_change_is_put_in_force(open_app: OpenApp) -> None:
     assert app.query_params["intervene"] == "moe[0].ablate(expert=1)"
     app.text_input(key="typed_change").set_value("memory[*].cut()").run()
     assert app.query_params["intervene"] == "moe[0].ablate(expert=1); memory[*].cut()"
+
+
+def test_the_operations_of_this_machine_are_checked(open_app: OpenApp) -> None:
+    app = open_app("kernels")
+    click_and_wait(app, "check-operations", "Operations against their reference")
+    table = app.dataframe[0].value
+    assert {"ssd", "sparse_attention", "chunk_moe"} <= set(table["operation"])
+    assert all(float(error) < 1e-5 for error in table["output"])
+
+
+def test_results_of_this_machine_are_listed_first(
+    open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = KernelsPlan(
+        preset="nano", length=64, attention_lengths=(), path_lengths=(), rounds=1, least_seconds=0.0,
+        device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    result = measure_kernels(plan, lambda _what: None)
+    result.save(tmp_path / "build" / "bench" / "here.json")
+    monkeypatch.chdir(tmp_path)
+    app = open_app("kernels")
+    assert app.selectbox(key="result").value == "here"
+    assert any("Largest error against the reference" in each.value for each in app.markdown)
 
 
 def test_what_is_written_is_what_generate_writes(model_dir: Path) -> None:
