@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from hydra_lab import load
-from hydra_lab.capture import capture_files
+from hydra_lab.capture import capture_files, open_capture
+from hydra_lab.capture.comparison import compare
+from hydra_lab.training_log import LOG_FILE
 from tests.dashboards.conftest import write_model
 
 OF_A_PROMPT = ("prompt", "intervene")
@@ -138,6 +142,63 @@ def test_a_capture_without_its_model(open_app: OpenApp, model_dir: Path, tmp_pat
     app = open_app("routing", model_dir, run)
     assert_clean(app)
     assert app.selectbox(key="capture").value == str(run)
+
+
+def test_two_captures_are_compared(open_app: OpenApp, model_dir: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(model_dir)
+    text = tmp_path / "notes.txt"
+    text.write_text("The quick brown fox. " * 20)
+    paths = [tmp_path / "before.zarr", tmp_path / "after.zarr"]
+    for path, changes in zip(paths, ((), ("moe[*].cut()",)), strict=True):
+        capture_files(
+            model,
+            tokenizer,
+            [text],
+            path,
+            sequence_length=64,
+            progress=False,
+            interventions=changes,
+        )
+    app = open_app("compare", model_dir, *paths)
+    assert_clean(app)
+    app.selectbox(key="second").set_value(app.selectbox(key="first").value).run()
+    assert "choose two" in app.info[0].value
+    app.selectbox(key="second").set_value(str(paths[1])).run()
+    assert_clean(app)
+    changes = compare(open_capture(paths[0]), open_capture(paths[1]))
+    drawn = figures(app)[0]["data"][0]["y"]
+    heights = np.frombuffer(b64decode(drawn["bdata"]), np.dtype(drawn["dtype"]))
+    assert heights == pytest.approx(changes.loss_change)
+    app.segmented_control(key="compare").set_value("Token by token").run()
+    assert_clean(app)
+    app.segmented_control(key="compare").set_value("Router saturation").run()
+    assert_clean(app)
+    assert figures(app)
+
+
+def test_a_run_is_followed_while_it_trains(open_app: OpenApp, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    row = {
+        "step": 10, "tokens": 2_000_000, "loss": 3.0, "language_loss": 2.9, "learning_rate": 1e-3,
+        "tokens_per_second": 9.0, "loss_code": 2.5, "gate_0_moe": 0.7, "scale_moe": 0.5, "load_0_0": 0.25, "load_0_1": 0.75, "memory_use_3": 0.1,
+        "memory_gate_3": 0.4, "state_norm_0": 2.0,
+    }  # fmt: skip
+    log = run / LOG_FILE
+    log.write_text("")
+    app = open_app("training", run)
+    assert not app.exception
+    assert "no step yet" in app.error[0].value
+    log.write_text(json.dumps(row) + "\n")
+    app.run()
+    assert_clean(app)
+    assert app.metric[0].value == "10"
+    assert any("holds back at this step: moe" in each.value for each in app.caption)
+    assert len(figures(app)) == 5
+    log.write_text(json.dumps(row) + "\n" + json.dumps({**row, "step": 20, "scale_moe": 1.0}) + "\n")
+    app.run()
+    assert_clean(app)
+    assert app.metric[0].value == "20"
 
 
 def test_what_is_neither_model_nor_capture(open_app: OpenApp, tmp_path: Path) -> None:
