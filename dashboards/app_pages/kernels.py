@@ -88,6 +88,7 @@ def show_results() -> None:
         "To measure this machine: `hydra-lab bench kernels --rounds 3 --out build/bench/kernels-here.json`; this page "
         "reads it when the dashboard was started in the same directory."
     )
+    names.sort(key=lambda each: (files[each].parent != OWN_RESULTS, not each.startswith("kernels"), each))
     name = st.selectbox("Result file", names, key=linked("result", names))
     result = BenchResult.read(files[name])
     environment = result.environment

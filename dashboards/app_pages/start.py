@@ -50,6 +50,10 @@ def show_model(loaded: LoadedModel) -> None:
     with st.container(horizontal=True, gap="medium"):
         for label, value in numbers.items():
             st.metric(label, value, width="content")
+
+
+def show_parts(config: Any) -> None:
+    """The paths in words, and where parameters and compute sit."""
     rows = [
         {
             "path": path,
@@ -62,7 +66,7 @@ def show_model(loaded: LoadedModel) -> None:
     st.table(rows, hide_index=True, border="horizontal")
     left, right = st.columns(2)
     with left:
-        chart(parameters(table, theme=theme()), "parameters")
+        chart(parameters(parameter_table(config), theme=theme()), "parameters")
     with right:
         show_compute(config)
 
@@ -176,6 +180,7 @@ if view.model is not None:
     loaded = current_model()
     show_model(loaded)
     show_paths(loaded)
+    show_parts(loaded.model.config)
     show_path_use()
     show_training(loaded.directory)
 if view.shown.captures:

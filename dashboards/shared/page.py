@@ -16,7 +16,7 @@ def introduce(title: str, question: str, reading: str, lesson: str) -> None:
         lesson: stem of the source in notebooks/, such as "05_chunk_experts".
     """
     st.title(title)
-    with st.container(horizontal=True, vertical_alignment="top", gap="medium"):
+    with st.container(horizontal=True, vertical_alignment="top", gap="medium", key="introduction"):
         st.markdown(f"**{question}** {reading}", width="stretch")
         if lesson not in lessons():
             return

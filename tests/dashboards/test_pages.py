@@ -181,7 +181,8 @@ def test_a_run_is_followed_while_it_trains(open_app: OpenApp, tmp_path: Path) ->
     run.mkdir()
     row = {
         "step": 10, "tokens": 2_000_000, "loss": 3.0, "language_loss": 2.9, "learning_rate": 1e-3,
-        "tokens_per_second": 9.0, "loss_code": 2.5, "gate_0_moe": 0.7, "scale_moe": 0.5, "load_0_0": 0.25, "load_0_1": 0.75, "memory_use_3": 0.1,
+        "tokens_per_second": 9.0, "loss_code": 2.5, "gate_0_moe": 0.7, "scale_moe": 0.5, "load_0_0": 0.25,
+        "load_0_1": 0.75, "memory_use_3": 0.1,
         "memory_gate_3": 0.4, "state_norm_0": 2.0,
     }  # fmt: skip
     log = run / LOG_FILE
