@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+from hydra_lab import load
+from hydra_lab.capture import capture_files
+
 ROOT = Path(__file__).resolve().parents[2]
-SCREENSHOTS = Path(__file__).parent / "screenshots"
 START_SECONDS = 120
 
 
@@ -44,6 +46,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.terminate()
         process.wait(timeout=20)
         log.close()
+
+
+@pytest.fixture(scope="session")
+def two_captures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same short text through the demo as it is, and without its memory."""
+    folder = tmp_path_factory.mktemp("captures")
+    text = folder / "notes.txt"
+    text.write_text("Q: capital of Peru? A: Lima\nQ: currency of Japan? A: JPY\n" * 20)
+    model, tokenizer = load("demo")
+    for name, changes in (("before", ()), ("after", ("memory[*].cut()",))):
+        capture_files(
+            model, tokenizer, [text], folder / f"{name}.zarr", interventions=changes, progress=False
+        )
+    return folder / "before.zarr", folder / "after.zarr"
 
 
 def _wait_until_up(address: str, process: "subprocess.Popen[bytes]", log: str) -> None:

@@ -1,0 +1,124 @@
+"""How long a visitor waits on a warm server, and how much a figure weighs.
+
+The aims are for an idle machine with two cores; the bounds here are `ROOM` times the aims, so that a busy one passes
+while a page that became slow fails. HYDRA_TEST_CAPTURE names a capture to measure on, such as one of ten million tokens
+with `--signal summary`; without it the sample texts of the model are shown.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from urllib.parse import urlencode
+
+import pytest
+from playwright.sync_api import Browser, Locator, expect
+
+from tests.browser.test_dashboard import NAMES, PATIENCE_MS, QUIET, Visitor
+
+FIRST_PAGE, SWITCH, PROMPT, CHANGE = 1.5, 0.7, 1.5, 2.0
+"""Seconds."""
+FIGURE_BYTES, MOST_CELLS = 1_000_000, 512 * 512
+ROOM = 5
+TEXT = "The king is come to town. Who is it that the king has seen? It is the queen. " * 40
+MEASURE_FIGURES = """() => [...document.querySelectorAll('.js-plotly-plot')].map((plot) => [
+    JSON.stringify([plot.data, plot.layout]).length,
+    Math.max(0, ...plot.data.map((trace) => trace.type === 'heatmap' ? trace.z.length * (trace.z[0]?.length ?? 0) : 0)),
+])"""
+
+Record = Callable[[str, object], None]
+
+
+def capture_query() -> str:
+    """The part of the address that opens the capture to measure on."""
+    path = os.environ.get("HYDRA_TEST_CAPTURE")
+    return "" if path is None else "?" + urlencode({"open": path, "capture": path})
+
+
+def seconds_until_quiet(visitor: Visitor, act: Callable[[], object], heading: str) -> float:
+    """Seconds from `act` to a page under `heading` that has come to rest."""
+    start = time.monotonic()
+    act()
+    expect(visitor.page.get_by_role("heading", name=heading, exact=True, level=1)).to_be_visible(
+        timeout=PATIENCE_MS
+    )
+    visitor.page.wait_for_function(QUIET, timeout=PATIENCE_MS)
+    return time.monotonic() - start
+
+
+def report(record_property: Record, measured: dict[str, float], aim: float) -> None:
+    for name, seconds in measured.items():
+        record_property(name, round(seconds, 2))
+        print(f"{name}: {seconds:.2f} s (aim {aim} s){'' if seconds <= aim else ' MISSED'}")
+    slow = {name: seconds for name, seconds in measured.items() if seconds > ROOM * aim}
+    assert not slow
+
+
+def test_first_page_and_switches_of_a_warm_server(
+    browser: Browser, server: str, record_property: Record
+) -> None:
+    """Each page is opened twice: the first time fills the server's caches, as the first visitor of the day does."""
+    visitor = Visitor(browser.new_page(viewport={"width": 1440, "height": 900}), server)
+    visitor.open("/" + capture_query())
+    pages = [name for name in NAMES if name != "lesson"]
+    first, again, weights = {}, {}, {}
+    for seen in (first, again):
+        for name in pages:
+            link = visitor.page.get_by_role("link", name=name.capitalize(), exact=True)
+            seen[name] = seconds_until_quiet(visitor, link.click, name.capitalize())
+            weights[name] = visitor.page.evaluate(MEASURE_FIGURES)
+    visitor.page.close()
+    print(
+        "first switch to a page: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in first.items())
+    )
+    newcomer = Visitor(browser.new_page(viewport={"width": 1440, "height": 900}), server)
+    report(
+        record_property,
+        {
+            "first page": seconds_until_quiet(
+                newcomer, lambda: newcomer.page.goto(server + "/" + capture_query()), "Hydra lab"
+            )
+        },
+        FIRST_PAGE,
+    )
+    newcomer.page.close()
+    report(record_property, again, SWITCH)
+    heaviest = max((size, name) for name, sizes in weights.items() for size, _ in sizes)
+    most_cells = max((cells, name) for name, sizes in weights.items() for _, cells in sizes)
+    print(f"heaviest figure: {heaviest}; most cells: {most_cells}")
+    assert heaviest[0] < FIGURE_BYTES and most_cells[0] <= MOST_CELLS
+
+
+def press(field: Locator, keys: str) -> None:
+    """Press the keys, and wait until the browser has told the server."""
+    field.press(keys)
+    field.page.wait_for_timeout(50)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["prompt", "intervention"])
+def test_a_prompt_of_256_tokens_and_a_change_of_it(
+    browser: Browser, server: str, record_property: Record, changed: bool
+) -> None:
+    """Typed anew, so that no cache knows it; then with an intervention, which runs the changed model."""
+    visitor = Visitor(browser.new_page(viewport={"width": 1440, "height": 900}), server)
+    visitor.open("/intervene?prompt=warm" if changed else "/prompt?prompt=warm")
+    box = visitor.page.get_by_role("textbox", name="Prompt", exact=True)
+    heading = "Intervene" if changed else "Prompt"
+    measured = []
+    for repetition in range(3):
+        text = f"{repetition} {changed} {TEXT}"[:1_010]
+        box.fill(text)
+        seconds = seconds_until_quiet(visitor, partial(press, box, "Control+Enter"), heading)
+        if changed:
+            typed = visitor.page.get_by_role("textbox", name="Or as text")
+            typed.fill(f"moe[0].ablate(expert={repetition})")
+            seconds = seconds_until_quiet(visitor, partial(press, typed, "Enter"), heading)
+            expect(visitor.page.locator(".hydra-tokens")).to_have_count(2)
+        count = visitor.page.locator(".hydra-tokens").first.locator(".hydra-token").count()
+        measured.append(seconds)
+    print(json.dumps({"tokens": count, "seconds": [round(each, 2) for each in measured]}))
+    assert 200 <= count <= 300
+    name, aim = ("intervention change", CHANGE) if changed else ("prompt of about 256 tokens", PROMPT)
+    report(record_property, {name: sorted(measured)[1]}, aim)
+    visitor.page.close()
