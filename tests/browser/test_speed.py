@@ -24,7 +24,7 @@ ROOM = 5
 TEXT = "The king is come to town. Who is it that the king has seen? It is the queen. " * 40
 MEASURE_FIGURES = """() => [...document.querySelectorAll('.js-plotly-plot')].map((plot) => [
     JSON.stringify([plot.data, plot.layout]).length,
-    Math.max(0, ...plot.data.map((trace) => trace.type === 'heatmap' ? trace.z.length * (trace.z[0]?.length ?? 0) : 0)),
+    Math.max(0, ...plot._fullData.map((trace) => trace.type === 'heatmap' ? trace.z.length * trace.z[0].length : 0)),
 ])"""
 
 Record = Callable[[str, object], None]
@@ -36,15 +36,18 @@ def capture_query() -> str:
     return "" if path is None else "?" + urlencode({"open": path, "capture": path})
 
 
-def seconds_until_quiet(visitor: Visitor, act: Callable[[], object], heading: str) -> float:
-    """Seconds from `act` to a page under `heading` that has come to rest."""
+def seconds_until_quiet(visitor: Visitor, act: Callable[[], object], sign: Locator) -> float:
+    """Seconds from `act` to a page that shows `sign`, which it did not before, and has come to rest."""
+    expect(sign).not_to_be_visible()
     start = time.monotonic()
     act()
-    expect(visitor.page.get_by_role("heading", name=heading, exact=True, level=1)).to_be_visible(
-        timeout=PATIENCE_MS
-    )
+    expect(sign).to_be_visible(timeout=PATIENCE_MS)
     visitor.page.wait_for_function(QUIET, timeout=PATIENCE_MS)
     return time.monotonic() - start
+
+
+def heading(visitor: Visitor, text: str) -> Locator:
+    return visitor.page.get_by_role("heading", name=text, exact=True, level=1)
 
 
 def report(record_property: Record, measured: dict[str, float], aim: float) -> None:
@@ -66,7 +69,7 @@ def test_first_page_and_switches_of_a_warm_server(
     for seen in (first, again):
         for name in pages:
             link = visitor.page.get_by_role("link", name=name.capitalize(), exact=True)
-            seen[name] = seconds_until_quiet(visitor, link.click, name.capitalize())
+            seen[name] = seconds_until_quiet(visitor, link.click, heading(visitor, name.capitalize()))
             weights[name] = visitor.page.evaluate(MEASURE_FIGURES)
     visitor.page.close()
     print(
@@ -77,7 +80,9 @@ def test_first_page_and_switches_of_a_warm_server(
         record_property,
         {
             "first page": seconds_until_quiet(
-                newcomer, lambda: newcomer.page.goto(server + "/" + capture_query()), "Hydra lab"
+                newcomer,
+                lambda: newcomer.page.goto(server + "/" + capture_query()),
+                heading(newcomer, "Hydra lab"),
             )
         },
         FIRST_PAGE,
@@ -90,12 +95,6 @@ def test_first_page_and_switches_of_a_warm_server(
     assert heaviest[0] < FIGURE_BYTES and most_cells[0] <= MOST_CELLS
 
 
-def press(field: Locator, keys: str) -> None:
-    """Press the keys, and wait until the browser has told the server."""
-    field.press(keys)
-    field.page.wait_for_timeout(50)
-
-
 @pytest.mark.parametrize("changed", [False, True], ids=["prompt", "intervention"])
 def test_a_prompt_of_256_tokens_and_a_change_of_it(
     browser: Browser, server: str, record_property: Record, changed: bool
@@ -104,16 +103,20 @@ def test_a_prompt_of_256_tokens_and_a_change_of_it(
     visitor = Visitor(browser.new_page(viewport={"width": 1440, "height": 900}), server)
     visitor.open("/intervene?prompt=warm" if changed else "/prompt?prompt=warm")
     box = visitor.page.get_by_role("textbox", name="Prompt", exact=True)
-    heading = "Intervene" if changed else "Prompt"
     measured = []
     for repetition in range(3):
-        text = f"{repetition} {changed} {TEXT}"[:1_010]
-        box.fill(text)
-        seconds = seconds_until_quiet(visitor, partial(press, box, "Control+Enter"), heading)
-        if changed:
+        box.fill(f"{repetition} {changed} {TEXT}"[:860])
+        if not changed:
+            sign = visitor.page.locator(".hydra-tokens", has_text=f"{repetition} {changed}").first
+            seconds = seconds_until_quiet(visitor, partial(box.press, "Control+Enter"), sign)
+        else:
+            box.press("Control+Enter")
+            visitor.settle()
+            change = f"moe[0].ablate(expert={repetition})"
             typed = visitor.page.get_by_role("textbox", name="Or as text")
-            typed.fill(f"moe[0].ablate(expert={repetition})")
-            seconds = seconds_until_quiet(visitor, partial(press, typed, "Enter"), heading)
+            typed.fill(change)
+            in_force = visitor.page.get_by_test_id("stSidebar").get_by_text(change)
+            seconds = seconds_until_quiet(visitor, partial(typed.press, "Enter"), in_force)
             expect(visitor.page.locator(".hydra-tokens")).to_have_count(2)
         count = visitor.page.locator(".hydra-tokens").first.locator(".hydra-token").count()
         measured.append(seconds)
