@@ -173,7 +173,8 @@ print(
 )
 
 # %% [markdown]
-# The ratio comes out near two, as it should if $H$ is about the same for all tokens. But note the last line: an average is a value
+# The ratio comes out near two, as it should if $H$ is about the same for all tokens. It is not quite: where $K_\text{zero}$ is below
+# $K_\text{mean}$, which a positive $H$ forbids, $H$ does depend on $c$. And note the last line: an average is a value
 # that no token has. It is shorter than the shortest real contribution, so it, too, leads the model where it has never been.
 # Resampling keeps a path's own distribution and breaks its agreement with all others. *No replacement is neutral*: say
 # which one you took.
@@ -549,7 +550,7 @@ figure.update_xaxes(title_text="alpha: share of the way from the corrupted to th
 figure.update_yaxes(title_text="logit difference")
 finish(
     figure, title="Where the way is curved, the tangent at 0 misses the end", theme="light", height=400,
-    subtitle="one site's contribution moved from the corrupted to the clean run's; thin lines: tangents at 0 (two of them coincide)<br>"
+    subtitle="one site's contribution moved from the corrupted to the clean run's; thin lines: tangents at 0 (two nearly coincide)<br>"
     f"mean over n = {num_pairs} pairs of texts",
 )  # fmt: skip
 display(figure)
