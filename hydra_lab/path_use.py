@@ -5,7 +5,9 @@ decisions is drawn beside this result. The class lives below `capture` and `metr
 `hydra_lab.capture.path_use` measures it, `hydra_lab.metrics` and `hydra_lab.figures` read it.
 """
 
+import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,10 @@ IDLE_SHARE = 0.03
 
 IDLE_LOSS = 0.02
 """A path whose cut costs less than this in every domain (nats per token) is idle in the model."""
+
+
+PATH_USE_FILE = "path_use.json"
+"""Path use as it was measured for a model, in the model's directory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,3 +160,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def read_path_use(directory: str | Path) -> PathUse:
+    """The path use that was recorded for the model in `directory`.
+
+    Raises:
+        ValueError: none was recorded, or the file is damaged.
+    """
+    path = Path(directory) / PATH_USE_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: measure it with `hydra-lab info {directory} --text FILE --record`"
+        )
+    try:
+        return PathUse.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is no path use: {error}") from None

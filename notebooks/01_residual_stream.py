@@ -28,7 +28,6 @@
 # wrote the answer, and why neither number alone says what a path is worth.
 
 # %%
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -53,7 +52,7 @@ from hydra_lab.loading import model_directory
 from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.nn.block import HydraBlock
 from hydra_lab.nn.layers import RMSNorm
-from hydra_lab.path_use import PathUse
+from hydra_lab.path_use import read_path_use
 from hydra_lab.presets import PRESETS
 from hydra_lab.taps import PATHS
 from hydra_lab.training_log import LOG_FILE, read_training_log
@@ -317,7 +316,7 @@ passed("1.2")
 # only the answers count.
 
 # %%
-use = PathUse.from_dict(json.loads((model_directory("demo") / "path_use.json").read_text()))
+use = read_path_use(model_directory("demo"))
 display(figures.path_use(use))
 gates = {(block.index, path): gate.item() for block in blocks for path, gate in block.gates.items()}
 BlockDiagram.of_path_use(use, gates=gates)

@@ -23,7 +23,6 @@
 # questions that such a picture leaves open: for how long is something kept, and does the model use what is kept?
 
 # %%
-import json
 import random
 from typing import NamedTuple
 
@@ -47,14 +46,14 @@ from hydra_lab.figures.theme import SYMBOLS, finish
 from hydra_lab.interventions import PatchState, capture_state, intervened
 from hydra_lab.loading import model_directory
 from hydra_lab.ops.ssd import reference
-from hydra_lab.path_use import PathUse
+from hydra_lab.path_use import read_path_use
 from hydra_lab.probing.continuation import read_on, with_memory_of
 from hydra_lab.widgets import TokenStrip
 
 torch.set_num_threads(1)
 model, tokenizer = hydra_lab.load("demo")
 NUM_BLOCKS, NUM_HEADS = model.config.num_hidden_layers, model.config.ssm_num_heads
-use = PathUse.from_dict(json.loads((model_directory("demo") / "path_use.json").read_text()))
+use = read_path_use(model_directory("demo"))
 print(
     f"{NUM_BLOCKS} blocks, {NUM_HEADS} heads, per head a state of",
     model.config.ssm_head_dim,

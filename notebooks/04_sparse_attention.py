@@ -23,7 +23,6 @@
 # although every key that it shows lies in the past.
 
 # %%
-import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,7 +48,7 @@ from hydra_lab.figures.theme import SYMBOLS, finish, hatching
 from hydra_lab.interventions import intervened
 from hydra_lab.loading import model_directory
 from hydra_lab.ops.sparse_attention import block_means, reference, select_blocks, sparse_attention
-from hydra_lab.path_use import PathUse
+from hydra_lab.path_use import read_path_use
 from hydra_lab.probing.continuation import read_on
 from hydra_lab.taps import Selection
 
@@ -61,7 +60,7 @@ WINDOW, BLOCK, NUM_SELECTED = (
     config.attention_block_size,
     config.attention_num_selected,
 )
-use = PathUse.from_dict(json.loads((model_directory("demo") / "path_use.json").read_text()))
+use = read_path_use(model_directory("demo"))
 print(
     f"blocks {config.attention_layers}: {config.attention_num_heads} query heads, {config.attention_num_kv_heads} key-value heads"
 )

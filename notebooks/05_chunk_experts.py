@@ -24,7 +24,6 @@
 # chunk is not known yet. This lesson measures that price, and what happens when one refuses to pay it.
 
 # %%
-import json
 import math
 import warnings
 
@@ -52,14 +51,14 @@ from hydra_lab.modeling import HydraForCausalLM
 from hydra_lab.nn.moe import MoEPath
 from hydra_lab.ops.chunk_moe import chunk_moe
 from hydra_lab.ops.chunk_moe import reference as chunk_moe_reference
-from hydra_lab.path_use import PathUse
+from hydra_lab.path_use import read_path_use
 from hydra_lab.widgets import RoutingLanes
 
 torch.set_num_threads(1)
 model, tokenizer = hydra_lab.load("demo")
 config = model.config
 SAMPLES = read_sample_texts(model_directory("demo"))
-USE = PathUse.from_dict(json.loads((model_directory("demo") / "path_use.json").read_text()))
+USE = read_path_use(model_directory("demo"))
 CHUNK, EXPERTS, TOP_K = config.moe_chunk_size, config.moe_num_experts, config.moe_top_k
 
 

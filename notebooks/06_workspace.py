@@ -23,7 +23,6 @@
 # are not: no gate looks at the slots.
 
 # %%
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,13 +43,13 @@ from hydra_lab.loading import model_directory
 from hydra_lab.nn.workspace import LONGEST_MEMORY, WorkspacePath
 from hydra_lab.ops.ssd import reference as ssd_reference
 from hydra_lab.ops.ssd import state_passing
-from hydra_lab.path_use import PathUse
+from hydra_lab.path_use import read_path_use
 
 torch.set_num_threads(1)
 model, tokenizer = hydra_lab.load("demo")
 config = model.config
 SAMPLES = read_sample_texts(model_directory("demo"))
-USE = PathUse.from_dict(json.loads((model_directory("demo") / "path_use.json").read_text()))
+USE = read_path_use(model_directory("demo"))
 CHUNK, SLOTS, BLOCKS = config.workspace_chunk_size, config.workspace_num_slots, config.workspace_layers
 
 

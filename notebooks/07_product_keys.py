@@ -28,7 +28,6 @@
 # part of the lesson does that, and measures what else moved.
 
 # %%
-import json
 import re
 
 import numpy as np
@@ -53,7 +52,7 @@ from hydra_lab.loading import model_directory
 from hydra_lab.nn.memory import MemoryPath
 from hydra_lab.ops.product_key import product_key_topk, reference
 from hydra_lab.ops.product_key import torch as by_halves
-from hydra_lab.path_use import PathUse
+from hydra_lab.path_use import read_path_use
 from hydra_lab.taps import Lookup
 from hydra_lab.widgets import TokenStrip
 
@@ -389,7 +388,7 @@ captured = capture_batch(
     model, batch["input_ids"], batch["attention_mask"], domains=domains, signals=["memory"]
 )
 lookups = metrics.lookup_record(captured, BLOCK)
-use = PathUse.from_dict(json.loads((model_directory("demo") / "path_use.json").read_text()))
+use = read_path_use(model_directory("demo"))
 display(figures.memory_map(metrics.memory_map(lookups), path_use=use))
 dead = metrics.dead_addresses(lookups)
 unread.reveal(

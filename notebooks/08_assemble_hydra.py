@@ -24,7 +24,6 @@
 # same with a model that nobody here wrote, transformers' Mamba-2.
 
 # %%
-import json
 
 import plotly.graph_objects as go
 import torch
@@ -47,7 +46,7 @@ from hydra_lab.figures.theme import SYMBOLS, finish
 from hydra_lab.loading import model_directory
 from hydra_lab.nn.block import PATH_MODULES, HydraBlock
 from hydra_lab.nn.layers import RMSNorm
-from hydra_lab.path_use import PathUse
+from hydra_lab.path_use import read_path_use
 from hydra_lab.widgets import BlockDiagram
 
 torch.set_num_threads(1)
@@ -199,7 +198,7 @@ other_order.reveal(
 # update on held-out text.
 
 # %%
-use = PathUse.from_dict(json.loads((directory / "path_use.json").read_text()))
+use = read_path_use(directory)
 gates = {
     (i, path): gate.item() for i, layer in enumerate(hand_made.layers) for path, gate in layer.gates.items()
 }

@@ -23,7 +23,6 @@
 # place where $d$ is handed over. Here that place is a **tap**: a module that returns what it is given.
 
 # %%
-import json
 import tempfile
 from pathlib import Path
 
@@ -41,7 +40,7 @@ from hydra_lab.course import check, check_close, passed, predict, quick, show_so
 from hydra_lab.data.sample_texts import read_sample_texts
 from hydra_lab.loading import model_directory
 from hydra_lab.nn.memory import MemoryPath
-from hydra_lab.path_use import PathUse
+from hydra_lab.path_use import read_path_use
 from hydra_lab.taps import PATHS, TAPS, Tap
 
 torch.set_num_threads(1)
@@ -561,7 +560,7 @@ first = encode(samples[capture.domains[0]][0])[:, : int(lengths[0])]
 exact = hydra_lab.record(model, first)["layers.3.memory.lookup"].gate[0, :, 0]
 rounding = (torch.from_numpy(gate.values[0, : len(exact)]) - exact).abs().max()
 print(f"beta in the capture and in `record`: largest difference {rounding:.1e}")
-use = PathUse.from_dict(json.loads((model_directory("demo") / "path_use.json").read_text()))
+use = read_path_use(model_directory("demo"))
 display(figures.beta_by_domain(metrics.beta_by_domain(metrics.lookup_record(capture, layer=3)), path_use=use))
 directory.cleanup()
 

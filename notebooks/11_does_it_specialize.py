@@ -247,6 +247,7 @@ check(
 )
 expected = test_of(first[0], domain, "text", num_resamplings=400).null.mean()
 given = permutation_null(first[0], domain, 400, 1)
+# 10%: two means over 400 permutations each, drawn apart.
 check_close(given.mean(), expected, "On the model's texts the mean of the null is another one.", rtol=0.1)
 passed("11.2")
 

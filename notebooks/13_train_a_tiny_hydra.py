@@ -29,7 +29,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import random
 import tempfile
 import time
@@ -54,7 +53,7 @@ from hydra_lab.data.tasks import LETTERS, VALUES
 from hydra_lab.data.tokenizer import train_tokenizer
 from hydra_lab.loading import model_directory
 from hydra_lab.modeling import HydraForCausalLM
-from hydra_lab.path_use import PathUse
+from hydra_lab.path_use import read_path_use
 from hydra_lab.presets import PRESETS
 from hydra_lab.taps import PATHS
 from hydra_lab.training import train
@@ -636,7 +635,7 @@ passed("13.4")
 #   to cut. A path is used when something needs it. The demo, trained by these rules, needs them unequally:
 
 # %%
-demo_use = PathUse.from_dict(json.loads((model_directory("demo") / "path_use.json").read_text()))
+demo_use = read_path_use(model_directory("demo"))
 for path in demo_use.paths:
     print(demo_use.describe(path))
 

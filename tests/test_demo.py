@@ -14,7 +14,7 @@ from hydra_lab.capture.path_use import measure_path_use
 from hydra_lab.data import NATURAL_DOMAINS
 from hydra_lab.data.sample_texts import read_sample_texts
 from hydra_lab.loading import model_directory
-from hydra_lab.path_use import IDLE_LOSS, IDLE_SHARE, PathUse
+from hydra_lab.path_use import IDLE_LOSS, IDLE_SHARE, PATH_USE_FILE, read_path_use
 from hydra_lab.taps import PATHS
 from hydra_lab.training.evaluate import answer_scores
 
@@ -89,7 +89,7 @@ def test_the_memory_opens_wider_without_the_book(evaluation: dict[str, Any]) -> 
 
 
 def test_every_path_is_alive() -> None:
-    use = PathUse.from_dict(json.loads((DEMO / "path_use.json").read_text()))
+    use = read_path_use(DEMO)
     assert set(use.paths) == set(PATHS)
     for path in use.paths:
         assert use.cost_of(path)[0] >= IDLE_LOSS, path
@@ -97,10 +97,18 @@ def test_every_path_is_alive() -> None:
             assert use.share_of(path, layer) >= IDLE_SHARE, (path, layer)
 
 
+def test_path_use_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"hydra-lab info .* --record"):
+        read_path_use(tmp_path)
+    (tmp_path / PATH_USE_FILE).write_text("{}")
+    with pytest.raises(ValueError, match=r"path_use\.json is no path use: path use lacks"):
+        read_path_use(tmp_path)
+
+
 def test_path_shares_are_what_was_recorded(demo: tuple[Any, Any]) -> None:
     """Measured anew on the texts that ship with the model, which are others than the recorded ones."""
     model, tokenizer = demo
-    recorded = PathUse.from_dict(json.loads((DEMO / "path_use.json").read_text()))
+    recorded = read_path_use(DEMO)
     texts = {domain: texts[:4] for domain, texts in read_sample_texts(DEMO).items()}
     measured = measure_path_use(model, tokenizer, texts)
     assert (measured.paths, measured.layers) == (recorded.paths, recorded.layers)

@@ -35,14 +35,15 @@ def show_backends(loaded: LoadedModel) -> None:
     st.caption("Another backend: `hydra_lab.ops.use_backend`, or `ops_backend` in the model's configuration.")
     key = ("agreement", loaded.directory, str(device))
     job = find_job(key)
-    if job is None or job.cancelled:
+    if job is not None and job.result is not None:
+        show_agreement(job.result, LENGTH, f"this machine ({device})")
+        return
+    if job is not None:
+        show_job(job)
+    if job is None or not job.running:
         st.button("Check them against the reference", on_click=start_job, args=(
             key, "Operations against their reference", lambda job: check(loaded, device, job)
         ), key="check-operations")  # fmt: skip
-    elif job.running or job.error:
-        show_job(job)
-    else:
-        show_agreement(job.result, LENGTH, f"this machine ({device})")
 
 
 def check(loaded: LoadedModel, device: torch.device, job: Job) -> list[dict[str, Any]]:
@@ -82,13 +83,14 @@ def show_gpu() -> None:
 
 @fragment
 def show_results() -> None:
-    files = {path.stem: path for folder in (OWN_RESULTS, RESULTS) for path in sorted(folder.glob("*.json"))}
-    names = list(files)
+    files = {path.stem: path for folder in (RESULTS, OWN_RESULTS) for path in sorted(folder.glob("*.json"))}
+    names = sorted(
+        files, key=lambda each: (files[each].parent != OWN_RESULTS, not each.startswith("kernels"), each)
+    )
     st.caption(
         "To measure this machine: `hydra-lab bench kernels --rounds 3 --out build/bench/kernels-here.json`; this page "
         "reads it when the dashboard was started in the same directory."
     )
-    names.sort(key=lambda each: (files[each].parent != OWN_RESULTS, not each.startswith("kernels"), each))
     name = st.selectbox("Result file", names, key=linked("result", names))
     result = BenchResult.read(files[name])
     environment = result.environment

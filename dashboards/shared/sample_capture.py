@@ -14,10 +14,7 @@ from hydra_lab.capture import capture_files
 from hydra_lab.capture.engine import CaptureProgress
 from hydra_lab.capture.path_use import measure_path_use
 from hydra_lab.data.sample_texts import SAMPLES_FILE, read_sample_texts
-from hydra_lab.path_use import PathUse
-
-RECORDED_PATH_USE = "path_use.json"
-"""Path use that was measured when the model was made, in its directory."""
+from hydra_lab.path_use import PATH_USE_FILE, PathUse, read_path_use
 
 _SAMPLES_FOR_PATH_USE = 4
 """Texts per domain on which path use is measured where the model brings no measurement."""
@@ -36,7 +33,7 @@ class SampleJob(Job):
         self.loaded = loaded
         self.has_texts = (loaded.directory / SAMPLES_FILE).is_file()
         self.capture: Path | None = None
-        self.path_use = _read_path_use(loaded.directory / RECORDED_PATH_USE)
+        self.path_use = _recorded(loaded.directory)
         super().__init__(f"Sample texts of {loaded.name}", SampleJob._make)
 
     def _make(self) -> None:
@@ -46,7 +43,7 @@ class SampleJob(Job):
         folder.mkdir(parents=True, exist_ok=True)
         self._make_capture(folder / "capture.zarr")
         if self.path_use is None:
-            self._measure_path_use(folder / RECORDED_PATH_USE)
+            self._measure_path_use(folder)
 
     def _key(self) -> str:
         texts = hashlib.sha256((self.loaded.directory / SAMPLES_FILE).read_bytes()).hexdigest()
@@ -76,8 +73,8 @@ class SampleJob(Job):
             f"captured once for this model, {done.tokens:,} tokens",
         )
 
-    def _measure_path_use(self, path: Path) -> None:
-        self.path_use = _read_path_use(path)
+    def _measure_path_use(self, folder: Path) -> None:
+        self.path_use = _recorded(folder)
         if self.path_use is None:
             passes = 0
 
@@ -93,11 +90,11 @@ class SampleJob(Job):
                 num_samples=_SAMPLES_FOR_PATH_USE,
                 progress=note,
             )
-            path.write_text(json.dumps(self.path_use.to_dict()), encoding="utf-8")
+            (folder / PATH_USE_FILE).write_text(json.dumps(self.path_use.to_dict()), encoding="utf-8")
 
 
-def _read_path_use(path: Path) -> PathUse | None:
-    return PathUse.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+def _recorded(directory: Path) -> PathUse | None:
+    return read_path_use(directory) if (directory / PATH_USE_FILE).is_file() else None
 
 
 def sample_job(loaded: LoadedModel) -> SampleJob:

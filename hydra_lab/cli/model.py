@@ -29,9 +29,6 @@ commands = typer.Typer()
 SAMPLE_TOKENS = 256
 """Length of the samples on which path use is measured."""
 
-PATH_USE_FILE = "path_use.json"
-"""Path use as it was measured for a model, in the model's directory."""
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for a program.")]
 Model = Annotated[str, typer.Argument(help="`demo`, or a directory with a config.json.")]
 
@@ -191,6 +188,7 @@ def info(
     from hydra_lab.accounting import parameter_table
     from hydra_lab.data.sample_texts import SAMPLES_FILE
     from hydra_lab.loading import model_directory
+    from hydra_lab.path_use import PATH_USE_FILE
 
     if text and corpus is not None:
         raise BadInput("give --text or --corpus, not both")
@@ -279,10 +277,9 @@ def _samples(text: list[Path], tokenizer: Any, num_samples: int) -> "Samples":
 
 
 def _recorded(directory: Path) -> "PathUse | None":
-    from hydra_lab.path_use import PathUse
+    from hydra_lab.path_use import PATH_USE_FILE, read_path_use
 
-    values = _json_file(directory / PATH_USE_FILE)
-    return None if values is None else PathUse.from_dict(values)
+    return read_path_use(directory) if (directory / PATH_USE_FILE).is_file() else None
 
 
 def _json_file(path: Path) -> Any:
