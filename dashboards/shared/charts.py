@@ -69,6 +69,8 @@ def chart(
         )  # fmt: skip
     top, kept = layout.margin.t or 0, 36 if layout.annotations or layout.legend.yanchor == "bottom" else 14
     figure.update_layout(title=None, margin_t=kept, modebar={"orientation": "v"})
+    if layout.legend.orientation != "h" and layout.legend.y is None:
+        figure.update_layout(legend_y=0.92)  # clear of the button that saves the figure
     if layout.height is not None:
         figure.update_layout(height=layout.height - top + kept)
     options: dict[str, Any] = {}

@@ -60,9 +60,7 @@ def selection_use(
             marker={"symbol": SYMBOLS[2], "size": 9, "color": text_colour(theme)},
         )
     )
-    figure.update_xaxes(
-        title_text="distance from the query to the block's first token (tokens)", type="category"
-    )
+    figure.update_xaxes(title_text="tokens back to the block's first token", type="category")
     figure.update_yaxes(title_text="share of the head's selections (%)", rangemode="tozero")
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"})
     low, high = 100 * np.nanmin(result.selected_share), 100 * np.nanmax(result.selected_share)

@@ -38,7 +38,7 @@ def loss_change(result: "Comparison", *, theme: Theme = "light") -> go.Figure:
         )
     )
     figure.update_xaxes(title_text="domain")
-    figure.update_yaxes(title_text="change of the loss, nats per token", zeroline=True)
+    figure.update_yaxes(title_text="nats per token", tickformat="+.3~g", zeroline=True)
     return finish(
         figure,
         title="Change of the loss",
@@ -52,16 +52,15 @@ def loss_change(result: "Comparison", *, theme: Theme = "light") -> go.Figure:
 def decision_changes(result: "Comparison", *, theme: Theme = "light") -> go.Figure:
     """How far each kind of decision moved, by block and domain: shares of decisions that differ, and mean changes."""
     figure = go.Figure()
+    changes = {said: getattr(result, name) for name, said in _DECISIONS}
+    changes |= {f"{path} share of the update, change": change for path, change in result.path_share.items()}
     rows: list[str] = []
     values: list[np.ndarray] = []
-    for name, said in _DECISIONS:
-        change = getattr(result, name)
-        if change is not None:
-            rows += [f"{said}, block {layer}" for layer in change.layers]
-            values += list(change.mean)
-    for path, change in result.path_share.items():
-        rows += [f"{path} share of the update, change, block {layer}" for layer in change.layers]
-        values += list(change.mean)
+    for said, change in changes.items():
+        for layer, means in zip(change.layers, change.mean, strict=True) if change is not None else ():
+            if not np.isnan(means).all():  # a block that lacks the path
+                rows.append(f"{said}, block {layer}")
+                values.append(means)
     table = np.array(values) if values else np.zeros((0, len(result.domains)))
     largest = max(float(np.nanmax(np.abs(table), initial=0.0)), 1e-6)
     figure.add_trace(

@@ -63,7 +63,7 @@ def loss_difference(
         )
     )
     figure.update_xaxes(title_text="domain")
-    figure.update_yaxes(title_text="change of the loss, nats per token")
+    figure.update_yaxes(title_text="nats per token", tickformat="+.3~g")
     return finish(
         figure,
         title="Change of the loss by domain",

@@ -39,7 +39,7 @@ def comparison() -> Comparison:
         loss=np.array([1.0, 2.0]),
         loss_change=np.array([0.25, -0.5]),
         expert_set=Change((0, 2), np.array([[0.1, 0.2], [0.3, np.nan]]), np.array([[5, 5], [5, 0]])),
-        path_share={"moe": Change((0,), np.array([[-0.4, 0.1]]), np.array([[3, 4]]))},
+        path_share={"moe": Change((0, 1), np.array([[-0.4, 0.1], [np.nan] * 2]), np.array([[3, 4], [0, 0]]))},
         **nothing,
     )
 
