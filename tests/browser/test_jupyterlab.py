@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.conftest import ROOT, SCREENSHOTS
+from tests.browser.conftest import ROOT
+from tests.browser.pictures import SCREENSHOTS
 
 START_SECONDS = 120
 PATIENCE_MS = 150_000  # for a busy machine; an idle one needs a minute for all of it
