@@ -61,6 +61,7 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def open_app(monkeypatch: pytest.MonkeyPatch, model_dir: Path, cache_home: Path) -> Callable[..., AppTest]:
     """`open_app(page, *arguments)`: the app after its first run, on `page`, with its background work done."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the kernels' tests set it when they are collected
 
     def open_app(page: str, *arguments: str | Path, **query: str) -> AppTest:
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
