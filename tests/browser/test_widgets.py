@@ -41,11 +41,8 @@ def phone(browser: Browser) -> Iterator[Page]:
     page.close()
 
 
-@pytest.mark.parametrize("name", WIDGETS)
-def test_hover_keys_and_click(phone: Page, name: str) -> None:
-    module, widget, first, second = WIDGETS[name]
-    problems: list[str] = []
-    phone.on("pageerror", lambda error: problems.append(str(error)))
+def mount(phone: Page, module: str, widget: Any) -> None:
+    """Draw the widget with the JavaScript of the dashboard."""
     phone.set_content(f"<style>{style_text()}</style><div id=host></div>")
     phone.evaluate(
         """async ([text, data]) => {
@@ -58,6 +55,14 @@ def test_hover_keys_and_click(phone: Page, name: str) -> None:
         }""",
         [module_text(module, "streamlit"), widget.payload],
     )
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_hover_keys_and_click(phone: Page, name: str) -> None:
+    module, widget, first, second = WIDGETS[name]
+    problems: list[str] = []
+    phone.on("pageerror", lambda error: problems.append(str(error)))
+    mount(phone, module, widget)
     items, tip = phone.locator("[data-item]"), phone.locator(".hydra-tip")
     items.first.hover()
     assert tip.is_visible()
@@ -74,3 +79,16 @@ def test_hover_keys_and_click(phone: Page, name: str) -> None:
     assert phone.locator("#host b b, #host script").count() == 0, "a token became markup"
     assert phone.evaluate("document.documentElement.scrollWidth") <= 390, "the page scrolls sideways"
     assert problems == []
+
+
+def test_an_inner_path_of_the_diagram_is_not_covered_by_an_outer_one(phone: Page) -> None:
+    module, widget, _, _ = WIDGETS["block diagram"]
+    mount(phone, module, widget)
+    place = """name => {
+      const text = [...document.querySelectorAll('text')].find((each) => each.textContent.startsWith(name));
+      const box = text.getBoundingClientRect();
+      const hit = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+      return hit.closest('[data-item]').textContent;
+    }"""
+    for path in ("ssm", "moe"):
+        assert phone.evaluate(place, path).strip().startswith(path)

@@ -17,7 +17,7 @@ def test_means_and_errors_by_domain() -> None:
     np.testing.assert_allclose(result.error[0, 0], [1.0, 0.0])  # std 2^.5 over 2^.5
     assert np.isnan(result.error[0, 1]).all() and result.num_samples.tolist() == [2, 1]
     figure: Any = draw(result)
-    assert figure.data[0].zmax == -figure.data[0].zmin == 5.0
+    assert figure.layout.coloraxis.cmax == -figure.layout.coloraxis.cmin == 5.0
     assert "3 samples" in figure.layout.title.text
 
 

@@ -63,19 +63,28 @@ function interact(root, rows, { selected, onSelect }) {
     onSelect(place.item.value);
   };
 
+  let focused = null;
+  const rest = () => { // scrolling to a focused item also moves the pointer off the others
+    if (focused?.item.element.matches(":focus-visible")) show(focused);
+    else hide();
+  };
   root.addEventListener("pointerover", (event) => {
     const place = placeOf(event);
     if (place) show(place);
-    else hide();
+    else rest();
   });
-  root.addEventListener("pointerleave", hide);
+  root.addEventListener("pointerleave", rest);
   root.addEventListener("focusin", (event) => {
     const place = placeOf(event);
     if (!place) return;
+    focused = place;
     reach(place);
     show(place);
   });
-  root.addEventListener("focusout", hide);
+  root.addEventListener("focusout", () => {
+    focused = null;
+    hide();
+  });
   root.addEventListener("click", (event) => {
     const place = placeOf(event);
     if (place) choose(place);
