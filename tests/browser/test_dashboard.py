@@ -199,10 +199,10 @@ def test_a_token_that_is_clicked_is_picked_on_the_next_page_and_in_the_link(visi
 
 def test_a_path_of_the_diagram_opens_its_page(visitor: Visitor) -> None:
     visitor.open("/")
-    visitor.page.locator(".hydra-widget [data-item]").last.click()
-    expect(visitor.page.get_by_role("heading", level=1)).not_to_have_text("Hydra lab", timeout=PATIENCE_MS)
+    visitor.page.locator(".hydra-widget text", has_text="attention").last.click()
+    expect(visitor.page.get_by_role("heading", level=1)).to_have_text("Attention", timeout=PATIENCE_MS)
     visitor.settle()
-    expect(visitor.page).to_have_url(re.compile("block="), timeout=PATIENCE_MS)
+    expect(visitor.page).to_have_url(re.compile("block=5"), timeout=PATIENCE_MS)
 
 
 @pytest.mark.parametrize(
