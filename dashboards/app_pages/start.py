@@ -1,6 +1,7 @@
 """Start: what is loaded, where its parameters and compute sit, and which of its paths it uses."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import streamlit as st
 
 from dashboards.shared.changes import changes_in_force
 from dashboards.shared.charts import chart, theme
-from dashboards.shared.components import block_diagram
+from dashboards.shared.components import block_diagram, load_plotly_when_idle
 from dashboards.shared.page import introduce
 from dashboards.shared.prompt import describe_prompt, prompt_ids, trace
 from dashboards.shared.sample_capture import show_sample_job
@@ -20,12 +21,13 @@ from hydra_lab.capture import open_capture
 from hydra_lab.figures.accounting import flops, parameters
 from hydra_lab.figures.path_use import path_use
 from hydra_lab.metrics import captured_path_use
-from hydra_lab.taps import PATHS
-from hydra_lab.widgets import block_diagram_payload
+from hydra_lab.widgets import block_diagram_payload, cost_diagram_payload
 
 PAGE_OF_PATH = {
     "ssm": "state", "attention": "attention", "moe": "routing", "workspace": "workspace", "memory": "memory",
 }  # fmt: skip
+UPDATE, PARAMETERS, COMPUTE, STATE = "share of the update", "parameters", "FLOPs per token", "bytes of state"
+MEASURES = (UPDATE, PARAMETERS, COMPUTE, STATE)
 CONTEXTS = (1024, 8192, 65536)
 WHAT_PATHS_DO = {
     "ssm": "a state of fixed size, carried from token to token (Mamba-2)",
@@ -52,43 +54,48 @@ def show_model(loaded: LoadedModel) -> None:
             st.metric(label, value, width="content")
 
 
-def show_parts(config: Any) -> None:
-    """The paths in words, and where parameters and compute sit."""
-    rows = [
-        {
-            "path": path,
-            "blocks": ", ".join(map(str, config.layers_with(path))),
-            "what it is": WHAT_PATHS_DO[path],
-        }
-        for path in PATHS
-        if config.layers_with(path)
-    ]
-    st.table(rows, hide_index=True, border="horizontal")
-    left, right = st.columns(2)
-    with left:
-        chart(parameters(parameter_table(config), theme=theme()), "parameters")
-    with right:
-        show_compute(config)
-
-
 @fragment
-def show_paths(loaded: LoadedModel) -> None:
-    """Each path's share of every block's update on the prompt; a click goes to the path's page."""
-    ids = prompt_ids(loaded)
-    describe_prompt(loaded, ids)
-    run = trace(loaded, ids, changes_in_force())
-    use = captured_path_use(run.capture)
-    payload = block_diagram_payload(
-        use.layers, use.paths, use.share, gates=gates_of(loaded.model), theme=theme()
-    )
+def show_blocks(loaded: LoadedModel) -> None:
+    """The block diagram: each path's share of its block's update on the prompt, or what it costs; a click goes to the
+    path's page."""
+    config = loaded.model.config
+    measure = st.segmented_control(
+        "Show of every path", MEASURES, required=True, key=linked("measure", MEASURES)
+    )  # fmt: skip
+    figure = None
+    if measure == UPDATE:
+        ids = prompt_ids(loaded)
+        describe_prompt(loaded, ids)
+        use = captured_path_use(trace(loaded, ids, changes_in_force()).capture)
+        payload = block_diagram_payload(
+            use.layers, use.paths, use.share, gates=gates_of(loaded.model), theme=theme()
+        )
+    elif measure == PARAMETERS:
+        table = parameter_table(config)
+        payload = cost_diagram_payload(table, theme=theme())
+        figure = parameters(table, theme=theme())
+    else:
+        context = st.segmented_control(
+            "Context", CONTEXTS, required=True, format_func="{:,} tokens".format, key=linked("context", CONTEXTS),
+        )  # fmt: skip
+        assert context is not None
+        if measure == COMPUTE:
+            table = flops_per_token(config, context)
+            payload = cost_diagram_payload(table, theme=theme())
+            figure = flops(table, theme=theme())
+        else:
+            st.caption("What decoding keeps of one sequence, in fp32.")
+            payload = cost_diagram_payload(state_bytes(config, context), theme=theme())
     st.caption("Click a path to open its page.")
     if chosen := block_diagram(payload, "blocks"):
         layer, path = chosen
         st.switch_page(f"app_pages/{PAGE_OF_PATH[path]}.py", query_params={"block": str(layer)})
-    with st.container(horizontal=True):
-        for path, page in PAGE_OF_PATH.items():
-            if loaded.model.config.layers_with(path):
-                st.page_link(f"app_pages/{page}.py", label=path)
+    for path, page in PAGE_OF_PATH.items():
+        if blocks := config.layers_with(path):
+            where = f"block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
+            st.page_link(f"app_pages/{page}.py", label=f"**{path}**, {where}: {WHAT_PATHS_DO[path]}")
+    if figure is not None:
+        chart(figure, "costs")
 
 
 def gates_of(model: Any) -> dict[tuple[int, str], float]:
@@ -101,15 +108,20 @@ def gates_of(model: Any) -> dict[tuple[int, str], float]:
 
 
 @fragment
-def show_compute(config: Any) -> None:
-    context = st.segmented_control(
-        "Context", CONTEXTS, required=True, format_func="{:,} tokens".format, key=linked("context", CONTEXTS),
-    )  # fmt: skip
-    assert context is not None
-    chart(flops(flops_per_token(config, context), theme=theme()), "flops")
-    state = state_bytes(config, context)
-    parts = ", ".join(f"{path} {size / 1024:,.0f} KiB" for path, size in state.by_component().items())
-    st.caption(f"Decoding keeps {state.num_bytes / 1024:,.0f} KiB per sequence (fp32): {parts}.")
+def show_more(loaded: LoadedModel) -> None:
+    """What is known of the model beyond its diagram, one view at a time."""
+    training, evaluation = (_read(loaded.directory / name) for name in ("training.json", "evaluation.json"))
+    views: dict[str, Callable[[], None]] = {}
+    if evaluation is not None:
+        views["What it can do"] = lambda: show_abilities(evaluation)
+    views["Use of its paths"] = show_path_use
+    if training is not None:
+        views["Training"] = lambda: show_training(training)
+    view = st.segmented_control(
+        "More of the model", list(views), required=True, key=linked("about", list(views))
+    )
+    assert view is not None
+    views[view]()
 
 
 def show_path_use() -> None:
@@ -128,41 +140,43 @@ def show_path_use() -> None:
         show_sample_job(job)
 
 
-def show_training(directory: Path) -> None:
-    training, evaluation = (_read(directory / name) for name in ("training.json", "evaluation.json"))
-    if training is not None:
-        st.subheader("How it was trained")
-        for run in (*training["earlier"], training):
-            st.markdown(f"{run['steps']:,} steps on {run['tokens'] / 1e6:,.1f} M tokens, seed {run['seed']}:")
-            st.code(run["command"], language="bash")
-    if evaluation is not None:
-        st.subheader("What it can do, on held-out text")
-        left, right = st.columns(2)
-        left.table(
+def show_training(training: Any) -> None:
+    """How the model was made, run by run."""
+    for run in (*training["earlier"], training):
+        st.markdown(f"{run['steps']:,} steps on {run['tokens'] / 1e6:,.1f} M tokens, seed {run['seed']}:")
+        st.code(run["command"], language="bash", wrap_lines=True)
+
+
+def show_abilities(evaluation: Any) -> None:
+    """What the model can do on held-out text."""
+    left, right = st.columns(2)
+    left.markdown(
+        _table(
+            ("domain", "bits per byte", "bytes"),
             [
-                {
-                    "domain": row["domain"],
-                    "bits per byte": f"{row['bits_per_byte']:.3f}",
-                    "bytes": f"{row['num_bytes']:,}",
-                }
+                (row["domain"], f"{row['bits_per_byte']:.3f}", f"{row['num_bytes']:,}")
                 for row in evaluation["domains"]
             ],
-            hide_index=True,
-            border="horizontal",
         )
-        right.table(
+    )
+    right.markdown(
+        _table(
+            ("questions", "right", "chance", "n"),
             [
-                {
-                    "questions": f"{row['task']}: {row['group']}",
-                    "right": f"{row['accuracy']:.1%}",
-                    "chance": f"{row['chance']:.1%}",
-                    "n": f"{row['num_questions']:,}",
-                }
+                (
+                    f"{row['task']}: {row['group']}", f"{row['accuracy']:.1%}", f"{row['chance']:.1%}",
+                    f"{row['num_questions']:,}",
+                )
                 for row in evaluation["answers"]
             ],
-            hide_index=True,
-            border="horizontal",
         )
+    )  # fmt: skip
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, which a page draws without loading Streamlit's script for tables."""
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _read(path: Path) -> Any:
@@ -179,10 +193,8 @@ view = current_view()
 if view.model is not None:
     loaded = current_model()
     show_model(loaded)
-    show_paths(loaded)
-    show_parts(loaded.model.config)
-    show_path_use()
-    show_training(loaded.directory)
+    show_blocks(loaded)
+    show_more(loaded)
 if view.shown.captures:
     st.subheader("Captures")
     opened = [open_capture(path) for path in view.shown.captures]
@@ -201,3 +213,4 @@ if view.shown.captures:
         hide_index=True,
         border="horizontal",
     )
+load_plotly_when_idle()

@@ -17,6 +17,7 @@ _STYLE = """
 .figure-title { font-size: 1.02rem; font-weight: 600; line-height: 1.3; margin-bottom: .15rem; }
 .figure-note { font-size: .8rem; line-height: 1.4; opacity: .85; }
 @media (min-width: 40rem) { .st-key-introduction { flex-wrap: nowrap !important; } }
+[data-testid="stPageLink"] p { white-space: normal; }
 [class*="st-key-wide-"] { overflow-x: auto; }
 [class*="st-key-wide-"] > .stElementContainer:has(.stPlotlyChart) { min-width: 56rem; }
 @media (max-width: 40rem) {

@@ -1,6 +1,8 @@
 """The widgets of `hydra_lab.widgets` in the dashboard, as Streamlit components over the same JavaScript."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
@@ -17,6 +19,21 @@ def _component(name: str, module: str) -> Any:
 _TOKEN_STRIP = _component("token_strip", "token_strip")
 _BLOCK_DIAGRAM = _component("block_diagram", "scene")
 _ROUTING_LANES = _component("routing_lanes", "scene")
+
+_SCRIPTS = Path(st.__file__).parent / "static" / "static" / "js"
+_LOAD_WHEN_IDLE = """
+export default function () {
+  const beside = document.querySelector("script[type=module][src]").src;
+  const load = () => NAMES.forEach((name) => import(new URL(name, beside).href));
+  setTimeout(() => requestIdleCallback(load), 1000);
+}
+"""
+_PLOTLY = component(
+    "hydra_plotly",
+    js=_LOAD_WHEN_IDLE.replace(
+        "NAMES", json.dumps([path.name for path in _SCRIPTS.glob("PlotlyChart.*.js")])
+    ),
+)
 
 
 def token_strip(payload: Payload, key: str, *, on_select: Callable[[int], None] | None = None) -> int | None:
@@ -45,6 +62,12 @@ def routing_lanes(
     """Draw a payload of `hydra_lab.widgets.routing_lanes_payload`; the (block, chunk) that the user selected last, or
     None; else as `token_strip`."""
     return _mount(_ROUTING_LANES, payload, key, on_select, lambda value: (int(value[0]), int(value[1])))
+
+
+def load_plotly_when_idle() -> None:
+    """Have the browser load Streamlit's script for figures (4.7 MB) once a page without figures is at rest, so that the
+    page which the visitor opens next does not wait for it."""
+    _PLOTLY(key="plotly")
 
 
 def _mount(

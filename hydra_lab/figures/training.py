@@ -13,8 +13,9 @@ from hydra_lab.taps import PATHS
 from hydra_lab.training_log import TrainingLog
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-_MOST_POINTS = 500
-"""Points of a line; of a longer log, evenly spaced lines."""
+_LEGEND_ROW = 20  # pixels
+_MOST_POINTS = 250
+"""Points of a line; a point of a longer log stands for several of its lines."""
 
 
 def training_loss(log: TrainingLog, *, theme: Theme = "light") -> go.Figure:
@@ -39,8 +40,8 @@ def path_gates(log: TrainingLog, *, theme: Theme = "light") -> go.Figure:
     for block, path in sorted(log.gates, key=lambda each: (PATHS.index(each[1]), each[0])):
         figure.add_trace(
             go.Scatter(
-                x=_thinned(log.step),
-                y=_thinned(log.gates[block, path]),
+                x=_last(log.step),
+                y=_last(log.gates[block, path]),
                 name=f"{path}, block {block}",
                 line={"color": palette[path], "dash": _DASHES[block % len(_DASHES)], "width": 1.8},
                 hovertemplate="step %{x:,}: %{y:.3f}",
@@ -66,11 +67,11 @@ def expert_load_over_training(log: TrainingLog, *, theme: Theme = "light") -> go
     )  # fmt: skip
     largest = max(float(np.nanmax(load)) for load in log.expert_load.values())
     for row, block in enumerate(blocks, start=1):
-        load = _thinned(log.expert_load[block])
+        load = _mean(log.expert_load[block])
         figure.add_trace(
             go.Heatmap(
                 z=100 * load.T,
-                x=_thinned(log.step),
+                x=_last(log.step),
                 zmin=0,
                 zmax=100 * largest,
                 colorscale="Viridis",
@@ -100,7 +101,7 @@ def memory_use_over_training(log: TrainingLog, *, theme: Theme = "light") -> go.
         ValueError: the run did not report it.
     """
     _reported(log.memory_use, "use of the memory")
-    lines = {f"addresses touched, block {block}": use for block, use in log.memory_use.items()}
+    lines = {f"touched, block {block}": use for block, use in log.memory_use.items()}
     lines |= {f"beta, block {block}": gate for block, gate in log.memory_gate.items()}
     figure = _lines(log, lines, theme)
     figure.update_yaxes(title_text="share, or beta", range=[0, 1])
@@ -108,7 +109,7 @@ def memory_use_over_training(log: TrainingLog, *, theme: Theme = "light") -> go.
         figure,
         log,
         "Use of the memory",
-        "share of the addresses read since the line before, and mean beta",
+        "share of the addresses read from one log line to the next, and mean beta",
         theme,
     )
 
@@ -131,8 +132,8 @@ def _lines(log: TrainingLog, lines: Mapping[str, NDArray[np.float64]], theme: Th
     for index, (name, values) in enumerate(lines.items()):
         figure.add_trace(
             go.Scatter(
-                x=_thinned(log.step),
-                y=_thinned(values),
+                x=_last(log.step),
+                y=_mean(values),
                 name=name,
                 line={"color": palette[index], "dash": _DASHES[index % len(_DASHES)], "width": 1.8},
                 hovertemplate="step %{x:,}: %{y:.4g}",
@@ -141,10 +142,24 @@ def _lines(log: TrainingLog, lines: Mapping[str, NDArray[np.float64]], theme: Th
     return figure
 
 
-def _thinned(values: NDArray[Any]) -> NDArray[Any]:
-    if len(values) <= _MOST_POINTS:
-        return values
-    return values[np.linspace(0, len(values) - 1, _MOST_POINTS).round().astype(np.int64)]
+def _last(values: NDArray[Any]) -> NDArray[Any]:
+    """The last log line of every point."""
+    return values[_ends(len(values)) - 1]
+
+
+def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean over the log lines of every point, of those that know the value."""
+    ends = _ends(len(values))
+    starts = np.concatenate(([0], ends[:-1]))
+    known = np.add.reduceat(~np.isnan(values), starts, dtype=np.float64)
+    total = np.add.reduceat(np.nan_to_num(values), starts)
+    return np.divide(total, known, out=np.full_like(total, np.nan), where=known > 0)
+
+
+def _ends(num_lines: int) -> NDArray[np.int64]:
+    """Where the lines of every point end."""
+    points = min(num_lines, _MOST_POINTS)
+    return np.linspace(0, num_lines, points + 1).round().astype(np.int64)[1:]
 
 
 def _reported(series: Mapping[int, NDArray[np.float64]], what: str) -> None:
@@ -153,7 +168,13 @@ def _reported(series: Mapping[int, NDArray[np.float64]], what: str) -> None:
 
 
 def _finish(figure: go.Figure, log: TrainingLog, title: str, subtitle: str, theme: Theme) -> go.Figure:
-    figure.update_xaxes(title_text="step")
-    figure.update_layout(hovermode="x unified", legend={"orientation": "v"})
+    figure.update_xaxes(title_text="step", nticks=4, tickangle=0)
+    figure.update_layout(hovermode="x unified")
     last = f"step {int(log.step[-1]):,}, {log.tokens[-1] / 1e6:,.1f} M tokens"
-    return finish(figure, title=title, subtitle=f"{subtitle}; up to {last}", theme=theme, height=300)
+    names = [trace.name for trace in figure.select_traces()]
+    height = max(300, _LEGEND_ROW * len(names) + 60)
+    finish(figure, title=title, subtitle=f"{subtitle}; up to {last}", theme=theme, height=height)
+    # Margins that are known need no second drawing, which takes as long as the first.
+    return figure.update_layout(
+        margin={"autoexpand": False, "l": 66, "r": 64 + 7 * max(map(len, names)), "b": 50}
+    )

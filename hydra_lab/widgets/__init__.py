@@ -3,7 +3,9 @@
 from hydra_lab.widgets.base import module_text as module_text
 from hydra_lab.widgets.base import style_text as style_text
 from hydra_lab.widgets.block_diagram import BlockDiagram as BlockDiagram
+from hydra_lab.widgets.block_diagram import CostDiagram as CostDiagram
 from hydra_lab.widgets.block_diagram import block_diagram_payload as block_diagram_payload
+from hydra_lab.widgets.block_diagram import cost_diagram_payload as cost_diagram_payload
 from hydra_lab.widgets.routing_lanes import RoutingLanes as RoutingLanes
 from hydra_lab.widgets.routing_lanes import chunk_margins as chunk_margins
 from hydra_lab.widgets.routing_lanes import routing_lanes_payload as routing_lanes_payload

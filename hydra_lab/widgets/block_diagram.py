@@ -1,12 +1,14 @@
-"""Hydra's blocks with the paths that branch off the residual stream, as one prompt used them."""
+"""Hydra's blocks with the paths that branch off the residual stream: how one prompt used them, or what they cost."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import traitlets
 from numpy.typing import ArrayLike
 
+from hydra_lab.accounting import COMPONENTS, FlopTable, ParameterTable, StateTable
 from hydra_lab.capture.in_memory import InMemoryCapture
 from hydra_lab.figures.theme import Theme, colours
 from hydra_lab.metrics.records import captured_path_use
@@ -15,13 +17,28 @@ from hydra_lab.taps import PATHS
 from hydra_lab.widgets.base import Payload, Widget, module_text
 from hydra_lab.widgets.scene import Shape, check_choice, scene_item, scene_svg, shape
 
-_BLOCK, _LANE, _TOP, _LEG = (
-    240,
-    34,
-    34,
-    8,
-)  # pixels: a block's width, a path's height, the stream's y, between legs
-_MAX_LINE = 14  # pixels of a path that makes the whole update
+# Pixels: a block's width, a path's height, the stream's y, between legs.
+_BLOCK, _LANE, _TOP, _LEG = 164, 36, 34, 8
+_MAX_LINE = 14  # pixels of the widest path
+
+
+@dataclass(frozen=True)
+class _Path:
+    """How one path of one block is drawn.
+
+    Attributes:
+        share: 0..1, in %.
+        width: of its line, 0..1 of the widest.
+        below: second line of its label.
+        details: shown when it is pointed at.
+        dashed: whether its line is.
+    """
+
+    share: float
+    width: float
+    below: str
+    details: tuple[tuple[str, str], ...]
+    dashed: bool = False
 
 
 def block_diagram_payload(
@@ -51,6 +68,103 @@ def block_diagram_payload(
     known = part[~np.isnan(part)]
     if ((known < 0) | (known > 1)).any():
         raise ValueError(f"a share is {known[(known < 0) | (known > 1)][0]}; shares lie in 0..1")
+    drawn: dict[tuple[int, str], _Path] = {}
+    for y, p in zip(*np.nonzero(~np.isnan(part)), strict=True):
+        where, value = (int(layers[y]), paths[int(p)]), float(part[y, p])
+        idle = value < IDLE_SHARE
+        below = ["idle"] if idle else []
+        details = [("share of the update", f"{value:.1%}")]
+        if gates is not None:
+            below.insert(0, f"g {gates[where]:.2f}")
+            details.append(("gate g", f"{gates[where]:.4f}"))
+        if idle:
+            details.append(("use", "idle: what it decides changes little here"))
+        drawn[where] = _Path(value, value, ", ".join(below), tuple(details), dashed=idle)
+    return _payload(
+        layers,
+        paths,
+        drawn,
+        label="Paths of each block by their share of the block's update",
+        note="Line width and %: mean over the tokens of the path's share of its block's update; g: the path's gate. "
+        f"A path below {IDLE_SHARE:.0%} is idle (dashed).",
+        selected=selected,
+        theme=theme,
+    )
+
+
+def cost_diagram_payload(
+    table: ParameterTable | FlopTable | StateTable,
+    *,
+    selected: tuple[int, str] | None = None,
+    theme: Theme = "light",
+) -> Payload:
+    """The same diagram of what each path costs: parameters, FLOPs per token, or bytes of decode state.
+
+    Args:
+        table: of `hydra_lab.accounting`.
+        selected: (block, path) that is outlined.
+
+    Raises:
+        ValueError: nothing drawn is `selected`.
+    """
+    match table:
+        case ParameterTable():
+            what, unit, whole = "parameters", "", float(table.total)
+            of = f"the model's {quantity(whole, unit)} parameters"
+            costs = [(row, {"all": row.total, "active per token": row.active}) for row in table.rows]
+        case FlopTable():
+            what, unit, whole = "FLOPs per token", "FLOP", table.prefill
+            of = f"the {quantity(whole, unit)} per token in one pass over {table.context_length:,} tokens"
+            costs = [
+                (row, {"in one pass": row.prefill, "decoding the last": row.decode}) for row in table.rows
+            ]
+        case StateTable():
+            what, unit, whole = "bytes of state", "B", float(table.num_bytes)
+            of = f"the {quantity(whole, unit)} that decoding keeps for {table.context_length:,} tokens"
+            costs = [(row, {"per sequence": row.num_bytes}) for row in table.rows]
+    first = [(row.component, row.block, next(iter(numbers.values()))) for row, numbers in costs]
+    widest = max(cost for name, _, cost in first if name in PATHS)
+    drawn: dict[tuple[int, str], _Path] = {}
+    outside = dict.fromkeys(COMPONENTS, 0.0)
+    for (name, block, cost), (_, numbers) in zip(first, costs, strict=True):
+        if name in PATHS and block is not None:
+            details = [(f"{what}, {kind}", f"{number:,.0f}") for kind, number in numbers.items()]
+            drawn[block, name] = _Path(cost / whole, cost / widest, quantity(cost, unit), tuple(details))
+        else:
+            outside[name] += cost
+    others = [f"{name} {quantity(cost, unit)} ({cost / whole:.0%})" for name, cost in outside.items() if cost]
+    return _payload(
+        sorted({block for block, _ in drawn}),
+        [path for path in PATHS if any(path == name for _, name in drawn)],
+        drawn,
+        label=f"Paths of each block by their {what}",
+        note=f"Line width and %: the path's share of {of}."
+        + (f" Outside the paths: {', '.join(others)}." if others else ""),
+        selected=selected,
+        theme=theme,
+    )
+
+
+def quantity(number: float, unit: str) -> str:
+    """Three digits and a prefix: `quantity(1_234_567, "FLOP")` is "1.23 MFLOP"; bytes ("B") count in powers of 1024."""
+    step, prefixes = (1024, ("", "Ki", "Mi", "Gi", "Ti")) if unit == "B" else (1000, ("", "k", "M", "G", "T"))
+    place = 0
+    while number >= 999.5 and place < len(prefixes) - 1:
+        number, place = number / step, place + 1
+    digits = f"{number:.0f}" if place == 0 or number >= 99.95 else f"{number:.3g}"
+    return f"{digits} {prefixes[place]}{unit}".rstrip()
+
+
+def _payload(
+    layers: Sequence[int],
+    paths: Sequence[str],
+    drawn: Mapping[tuple[int, str], _Path],
+    *,
+    label: str,
+    note: str,
+    selected: tuple[int, str] | None,
+    theme: Theme,
+) -> Payload:
     palette = dict(zip(PATHS, colours(len(PATHS), theme), strict=True))
     width = _BLOCK * len(layers) + 24
     shapes: list[Shape] = [
@@ -61,69 +175,46 @@ def block_diagram_payload(
     for y, layer in enumerate(layers):
         left = 12 + y * _BLOCK
         shapes.append(shape("text", f"block {layer}", x=left, y=16, fill="currentColor", font_weight="bold"))
-        for p, path in enumerate(paths):
-            if np.isnan(part[y, p]):
-                continue
-            gate = None if gates is None else gates[layer, path]
-            rows[p].append(
-                _path_item(int(layer), path, float(part[y, p]), gate, left, p, len(paths), palette)
-            )
+        for place, path in enumerate(paths):
+            if (int(layer), path) in drawn:
+                one = drawn[int(layer), path]
+                rows[place].append(_item(int(layer), path, one, left, place, len(paths), palette[path]))
     kept = [row for row in rows if row]
     return {
-        "label": "Paths of each block by their share of the block's update",
+        "label": label,
         "width": width,
         "height": _TOP + 16 + _LANE * len(paths) + 8,
         "shapes": shapes,
         "rows": kept,
         "legend": None,
-        "note": "Line width and %: mean over the tokens of the path's share of its block's update; g: the path's gate. "
-        f"A path below {IDLE_SHARE:.0%} is idle (dashed).",
+        "note": note,
         "selected": check_choice(selected, kept),
         "theme": theme,
     }
 
 
-def _path_item(
-    layer: int,
-    path: str,
-    share: float,
-    gate: float | None,
-    left: int,
-    place: int,
-    num_paths: int,
-    palette: Mapping[str, str],
-) -> Payload:
+def _item(layer: int, path: str, one: _Path, left: int, place: int, num_paths: int, colour: str) -> Payload:
     """One path: down from the stream, along its own lane, and up to the stream again; deeper lanes lie outside."""
-    idle = share < IDLE_SHARE
     inset = (num_paths - 1 - place) * _LEG
-    start, end, depth = left + inset, left + _BLOCK - 16 - inset, _TOP + 16 + _LANE * (place + 1) - 6
-    inner = start + 12
-    value = f"{share:.0%}" + (" idle" if idle else "")
-    named = f"{path} {value}" + ("" if gate is None else f" g {gate:.2f}")
+    start, end, depth = left + inset, left + _BLOCK - 14 - inset, _TOP + 16 + _LANE * (place + 1) - 6
+    inner = start + 10
     line = shape(
         "path",
         d=f"M{start} {_TOP}V{depth - 6}q0 6 6 6H{end - 6}q6 0 6 -6V{_TOP}",
-        stroke=palette[path],
-        stroke_width=f"{1.5 + share * (_MAX_LINE - 1.5):.1f}",
-        stroke_dasharray="3 3" if idle else "none",
+        stroke=colour,
+        stroke_width=f"{1.5 + one.width * (_MAX_LINE - 1.5):.1f}",
+        stroke_dasharray="3 3" if one.dashed else "none",
         fill="none",
     )
     area = shape(
-        "rect",
-        x=inner - 2,
-        y=depth - 25,
-        width=end - inner - 8,
-        height=_LANE - 4,
-        rx=3,
-        fill="transparent",
+        "rect", x=inner - 2, y=depth - 30, width=end - inner - 6, height=_LANE - 6, rx=3, fill="transparent"
+    )  # fmt: skip
+    texts = (
+        shape("text", f"{path} {one.share:.0%}", x=inner, y=depth - 20, fill="currentColor", font_size=10),
+        shape("text", one.below, x=inner, y=depth - 9, fill="currentColor", font_size=9),
     )
-    text = shape("text", named, x=inner, y=depth - 11, fill="currentColor", font_size=10)
-    details = [("block", str(layer)), ("path", path), ("share of the update", f"{share:.1%}")]
-    if gate is not None:
-        details.append(("gate g", f"{gate:.4f}"))
-    if idle:
-        details.append(("use", "idle: what it decides changes little here"))
-    return scene_item((layer, path), details, (area, line, text))
+    details = (("block", str(layer)), ("path", path), *one.details)
+    return scene_item((layer, path), details, (area, line, *texts))
 
 
 class BlockDiagram(Widget):
@@ -157,3 +248,11 @@ class BlockDiagram(Widget):
     def to_svg(self) -> str:
         """The diagram as a picture."""
         return scene_svg(self.payload | {"selected": self.selected})
+
+
+class CostDiagram(BlockDiagram):
+    """Hydra's blocks by what each path costs; takes the arguments of `cost_diagram_payload`."""
+
+    def __init__(self, table: ParameterTable | FlopTable | StateTable, **options: Any) -> None:
+        payload = cost_diagram_payload(table, **options)
+        Widget.__init__(self, payload=payload, selected=payload["selected"])

@@ -205,10 +205,19 @@ def test_a_path_of_the_diagram_opens_its_page(visitor: Visitor) -> None:
     expect(visitor.page).to_have_url(re.compile("block=5"), timeout=PATIENCE_MS)
 
 
+def test_start_loads_the_script_for_figures_before_one_is_drawn(visitor: Visitor) -> None:
+    visitor.open("/")
+    expect(visitor.page.locator(".stPlotlyChart")).to_have_count(0)
+    visitor.page.wait_for_function(
+        "() => performance.getEntriesByType('resource').some(({ name }) => name.includes('PlotlyChart'))",
+        timeout=PATIENCE_MS,
+    )
+
+
 @pytest.mark.parametrize(
     ("page", "key", "view"),
     [
-        ("routing", "show", "Flow"), ("routing", "show", "Pairs"), ("routing", "show", "Margin"),
+        ("start", "measure", "parameters"), ("routing", "show", "Flow"), ("routing", "show", "Pairs"), ("routing", "show", "Margin"),
         ("specialization", "specialization", "Token classes"),
         ("specialization", "specialization", "Texts of an expert"),
         ("workspace", "workspace", "Writes"), ("workspace", "workspace", "Your prompt"),

@@ -14,6 +14,7 @@ from streamlit.testing.v1 import AppTest
 from hydra_lab import load
 from hydra_lab.capture import capture_files, open_capture
 from hydra_lab.capture.comparison import compare
+from hydra_lab.loading import model_directory
 from hydra_lab.training_log import LOG_FILE
 from tests.dashboards.conftest import write_model
 
@@ -83,6 +84,25 @@ def test_each_view_draws(open_app: OpenApp, page: str) -> None:
         app.segmented_control(key=key).set_value(view).run()
         assert_clean(app)
         assert bool(figures(app)) != (view in waiting or view == "Patch"), view
+
+
+def test_start_shows_costs_in_the_diagram_and_more_of_the_model(open_app: OpenApp, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "known")
+    for name in ("training.json", "evaluation.json"):
+        shutil.copy(model_directory("demo") / name, model)
+    app = open_app("start", model)
+    drawn = []
+    for measure in app.segmented_control(key="measure").options:
+        app.segmented_control(key="measure").set_value(measure).run()
+        assert_clean(app)
+        drawn.append((any(each.key == "context" for each in app.segmented_control), len(figures(app))))
+    assert drawn == [(False, 0), (False, 1), (True, 1), (True, 0)]
+    views = app.segmented_control(key="about")
+    assert list(views.options) == ["What it can do", "Use of its paths", "Training"]
+    assert any("| code | 1.234 |" in each.value for each in app.markdown)
+    views.set_value("Training").run()
+    assert_clean(app)
+    assert len(app.code) == 2 and not figures(app)
 
 
 def test_a_domain_narrows_the_routing(open_app: OpenApp) -> None:

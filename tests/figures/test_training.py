@@ -30,9 +30,10 @@ def log(tmp_path: Path) -> TrainingLog:
 def test_every_figure_of_a_run(log: TrainingLog, theme: figures.Theme) -> None:
     loss: Any = figures.training_loss(log, theme=theme)
     assert [trace.name for trace in loss.data] == ["all", "code"]
-    assert len(loss.data[0].x) == 500 and loss.data[0].x[-1] == 600, (
+    assert len(loss.data[0].x) == 250 and loss.data[0].x[-1] == 600, (
         "the last step must stay when a log is thinned"
     )
+    assert loss.data[0].y[:2] == pytest.approx([3 - 0.0015, 3 - 0.004]), "a point is the mean of its lines"
     gates: Any = figures.path_gates(log, theme=theme)
     assert {trace.name for trace in gates.data} == {"ssm, block 0", "moe, block 0"}
     load: Any = figures.expert_load_over_training(log, theme=theme)

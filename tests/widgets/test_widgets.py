@@ -11,17 +11,23 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from hydra_lab.accounting import flops_per_token, parameter_table, state_bytes
+from hydra_lab.config import HydraConfig
 from hydra_lab.metrics.routing import RoutingMap
+from hydra_lab.taps import PATHS
 from hydra_lab.widgets import (
     BlockDiagram,
+    CostDiagram,
     RoutingLanes,
     TokenStrip,
     chunk_margins,
+    cost_diagram_payload,
     module_text,
     token_strip_payload,
     visible,
 )
 from hydra_lab.widgets.base import MAX_DRAWN
+from hydra_lab.widgets.block_diagram import quantity
 from hydra_lab.widgets.colouring import contrast, ink, value_colours
 
 ODD = ["</script>", "<b>", "\0", "שלום", "\u202e", "🙂", "\n", "\x1b", "&\"'"]
@@ -101,7 +107,33 @@ def test_what_has_no_value_has_no_colour() -> None:
 def test_an_idle_path_is_marked_and_a_missing_one_is_not_drawn() -> None:
     ssm, moe = diagram().payload["rows"]
     assert len(ssm) == 2 and len(moe) == 1
-    assert "idle" in moe[0]["shapes"][2]["text"] and "idle" not in ssm[0]["shapes"][2]["text"]
+    assert moe[0]["shapes"][3]["text"] == "g 0.10, idle" and ssm[0]["shapes"][3]["text"] == "g 1.00"
+
+
+def test_a_diagram_of_costs_shows_every_path_and_what_lies_outside() -> None:
+    config = HydraConfig(
+        num_hidden_layers=2, attention_every=2, moe_layers=[0], memory_layers=[], workspace_layers=[1]
+    )
+    table = parameter_table(config)
+    payload = CostDiagram(table).payload
+    drawn = {tuple(item["value"]): dict(item["details"]) for row in payload["rows"] for item in row}
+    paths = {(row.block, row.component): f"{row.total:,}" for row in table.rows if row.component in PATHS}
+    assert {where: details["parameters, all"] for where, details in drawn.items()} == paths
+    assert f"embedding {quantity(config.vocab_size * config.hidden_size, '')}" in payload["note"]
+    compute = cost_diagram_payload(flops_per_token(config, 1024))
+    state = cost_diagram_payload(state_bytes(config, 1024), selected=(0, "ssm"))
+    assert "head" in compute["note"] and "1,024 tokens" in compute["note"] and "Outside" not in state["note"]
+    widths = [float(item["shapes"][1]["attributes"]["stroke-width"]) for row in state["rows"] for item in row]
+    assert max(widths) == 14 and state["selected"] == [0, "ssm"]
+
+
+@pytest.mark.parametrize(
+    ("number", "unit", "text"),
+    [(0, "", "0"), (999, "", "999"), (999.9, "", "1 k"), (1_234_567, "FLOP", "1.23 MFLOP"), (123_456, "", "123 k"),
+     (1536, "B", "1.5 KiB"), (3 * 1024**2, "B", "3 MiB"), (1e16, "", "10000 T")],
+)  # fmt: skip
+def test_quantities_have_three_digits(number: float, unit: str, text: str) -> None:
+    assert quantity(number, unit) == text
 
 
 def test_the_margin_is_the_last_chosen_less_the_best_left_out() -> None:
