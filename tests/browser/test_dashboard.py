@@ -118,7 +118,7 @@ def test_every_page_is_drawn_and_looks_as_before(
             "[...document.querySelectorAll('.main-svg')].map((svg) => svg.style.background)"
         )
         assert {paper for paper in papers if paper} <= {background}, "the figures' theme is not the page's"
-        assert len(papers) > 0 or name in ("intervene", "lesson")
+        assert len(papers) > 0 or name in ("start", "intervene", "lesson")
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
         seen = pictures.small(visitor.photograph(f"{name}-{size}-{scheme}"))
         kept = pictures.KEPT / f"{name}-{size}-{scheme}.png"
@@ -217,7 +217,8 @@ def test_start_loads_the_script_for_figures_before_one_is_drawn(visitor: Visitor
 @pytest.mark.parametrize(
     ("page", "key", "view"),
     [
-        ("start", "measure", "parameters"), ("routing", "show", "Flow"), ("routing", "show", "Pairs"), ("routing", "show", "Margin"),
+        ("start", "measure", "parameters"),
+        ("routing", "show", "Flow"), ("routing", "show", "Pairs"), ("routing", "show", "Margin"),
         ("specialization", "specialization", "Token classes"),
         ("specialization", "specialization", "Texts of an expert"),
         ("workspace", "workspace", "Writes"), ("workspace", "workspace", "Your prompt"),
