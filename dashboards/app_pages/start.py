@@ -198,19 +198,17 @@ if view.model is not None:
 if view.shown.captures:
     st.subheader("Captures")
     opened = [open_capture(path) for path in view.shown.captures]
-    st.table(
-        [
-            {
-                "capture": str(each.path),
-                "made by": each.attributes["model_name"],
-                "tokens": f"{each.num_tokens:,}",
-                "samples": f"{each.num_samples:,}",
-                "holds": ", ".join(each.groups),
-                "complete": "yes" if each.complete else "no",
-            }
-            for each in opened
-        ],
-        hide_index=True,
-        border="horizontal",
-    )
+    st.markdown(
+        _table(
+            ("capture", "made by", "tokens", "samples", "holds", "complete"),
+            [
+                (
+                    f"`{each.path}`", each.attributes["model_name"] or "a model without a name",
+                    f"{each.num_tokens:,}", f"{each.num_samples:,}", ", ".join(each.groups),
+                    "yes" if each.complete else "no",
+                )
+                for each in opened
+            ],
+        )
+    )  # fmt: skip
 load_plotly_when_idle()

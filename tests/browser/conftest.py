@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,18 +24,27 @@ START_SECONDS = 120
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a dashboard on the model `demo` (or on HYDRA_TEST_MODEL), with an empty cache."""
+    app = ROOT / "dashboards" / "app.py"
+    with streamlit_server(
+        app, tmp_path_factory.mktemp("server"), os.environ.get("HYDRA_TEST_MODEL", "demo")
+    ) as address:
+        yield address
+
+
+@contextmanager
+def streamlit_server(app: Path, folder: Path, *arguments: str) -> Iterator[str]:
+    """Address of a Streamlit server that runs in `folder`, with its cache and its log there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = (tmp_path_factory.mktemp("server") / "log.txt").open("w+")
+    log = (folder / "log.txt").open("w+")
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "streamlit", "run", str(ROOT / "dashboards" / "app.py"),
-            "--server.address", "127.0.0.1", "--server.port", str(port), "--server.headless", "true",
-            "--", os.environ.get("HYDRA_TEST_MODEL", "demo"),
+            sys.executable, "-m", "streamlit", "run", str(app), "--server.address", "127.0.0.1",
+            "--server.port", str(port), "--server.headless", "true", "--", *arguments,
         ],
-        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))},
-        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache")},
+        cwd=folder,
         stdout=log,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
