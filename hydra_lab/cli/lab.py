@@ -147,7 +147,7 @@ def notebook(
     require("jupyterlab", "ipykernel", "ipywidgets", "plotly")
     folder = checkout("notebooks")
     opened = _find_lesson(folder, lesson)
-    options = ["--ServerApp.ip=127.0.0.1"]
+    options = ["--ServerApp.ip=127.0.0.1", f"--LabApp.default_url=/lab/tree/{opened.name}"]
     if port is not None:
         options.append(f"--ServerApp.port={port}")
     if not browser:

@@ -1,6 +1,9 @@
 """Every lesson has what a lesson needs, and its notebooks are what its source says."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -126,3 +129,15 @@ def test_the_readme_lists_the_lessons() -> None:
     listed = TABLE.search((DIRECTORY / "README.md").read_text())
     assert listed is not None
     assert listed[0] == table(LESSONS) + "\n", "write it anew with `make notebooks`"
+
+
+def test_the_readme_s_recipe_removes_the_solutions_and_nothing_else(tmp_path: Path) -> None:
+    [recipe] = re.findall(
+        r"`(jupyter nbconvert .*RegexRemove.*)`", (DIRECTORY / "README.md").read_text("utf-8")
+    )
+    command = shlex.split(recipe.replace("handout", str(tmp_path)))
+    subprocess.run([sys.executable, "-m", *command], cwd=DIRECTORY.parent, check=True, capture_output=True)
+    source = nbformat.read(DIRECTORY.parent / command[-1], as_version=4)
+    handout = nbformat.read(tmp_path / Path(command[-1]).name, as_version=4)
+    kept = [cell.source for cell in source.cells if not cell.source.startswith("<details>")]
+    assert [cell.source for cell in handout.cells] == kept and 2 <= len(source.cells) - len(kept) <= 4
