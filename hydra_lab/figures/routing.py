@@ -15,6 +15,7 @@ from hydra_lab.figures.theme import (
     colours,
     counted,
     finish,
+    index_axis,
     muted_colour,
     text_colour,
 )
@@ -124,6 +125,7 @@ def _expert_by_label(
         hover_values=result.lift,
         text="%{z:.0f}" if result.share.shape[2] <= 8 else None,
     )
+    figure.update_xaxes(**index_axis(result.share.shape[2]))
     _reverse_rows(figure)
     return finish(
         figure,
@@ -214,6 +216,7 @@ def co_activation(
         hover_values=result.probability,
         cell_height=30,
     )
+    figure.update_xaxes(**index_axis(num_experts))
     _reverse_rows(figure)
     return finish(
         figure,

@@ -198,7 +198,7 @@ def as_text(text: str) -> str:
 
 
 def index_axis(count: int) -> dict[str, Any]:
-    """Ticks of an axis of `count` heads or slots: whole numbers, few enough for a phone."""
+    """Ticks of an axis of `count` heads, slots or experts: whole numbers, few enough for a phone."""
     return {"tick0": 0, "dtick": max(1, -(-count // 12))}
 
 
