@@ -1,4 +1,4 @@
-"""A student opens the tour in JupyterLab, runs all of it, uses a control and sees what it does."""
+"""A student opens the tour in JupyterLab, runs all of it, uses a control and sees what it does; solved lessons run."""
 
 import os
 import re
@@ -18,13 +18,26 @@ from tests.browser.pictures import SCREENSHOTS
 
 START_SECONDS = 120
 PATIENCE_MS = 150_000  # for a busy machine; an idle one needs a minute for all of it
+SOLVED = ("05_chunk_experts", "07_product_keys")
+OUTPUTS = {
+    "figure": ("application/vnd.plotly.v1+json", ".jp-OutputArea .js-plotly-plot .main-svg"),
+    "widget": ("image/svg+xml", ".jp-OutputArea .hydra-widget"),
+}
+"""What a notebook shows: its MIME type, and how it is drawn."""
+SCROLL_TO_FIRST = """async (mime) => {
+    const { content } = window.jupyterapp.shell.currentWidget;
+    const shows = ({ model }) => model.type === 'code' && model.outputs.toJSON().some(({ data }) => data?.[mime]);
+    await content.scrollToItem(content.widgets.findIndex(shows), 'start');
+}"""
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address, with its token, of a JupyterLab on a copy of the lessons that `hydra-lab notebook` would open."""
+    """Address, with its token, of LESSON in a JupyterLab on copies of the lessons."""
     folder = tmp_path_factory.mktemp("lessons")
     shutil.copy(ROOT / "notebooks" / "00_tour.ipynb", folder)
+    for lesson in SOLVED:
+        shutil.copy(ROOT / "notebooks" / "solutions" / f"{lesson}.ipynb", folder)
     home = tmp_path_factory.mktemp("home")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,6 +59,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
                 "IPYTHONDIR": str(home / "ipython"),
                 "PYTHONPATH": str(ROOT),
+                "HYDRA_LAB_QUICK": "1",
             },
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -62,7 +76,7 @@ def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         if found := re.search(r"(http://127\.0\.0\.1:\d+/lab)\S*(\?token=\w+)", log.read_text()):
-            return f"{found[1]}/tree/00_tour.ipynb{found[2]}"
+            return f"{found[1]}/tree/LESSON.ipynb{found[2]}"
         time.sleep(0.2)
     raise RuntimeError(f"JupyterLab did not come up:\n{log.read_text()}")
 
@@ -79,17 +93,11 @@ def test_a_student_runs_the_tour_and_draws_a_text_of_their_own(lab: str, browser
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     try:
-        page.goto(lab)
+        page.goto(lab.replace("LESSON", "00_tour"))
         notebook = page.locator(".jp-Notebook").first
         expect(notebook.get_by_role("heading", name="0. A tour of Hydra")).to_be_visible(timeout=PATIENCE_MS)
-        page.wait_for_function("() => window.jupyterapp")
         photograph(page, "opened")
-
-        page.wait_for_function(
-            "() => window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
-            timeout=PATIENCE_MS,
-        )
-        run_every_cell(page)
+        assert run_every_cell(page) == [["check"], ["check"]]
 
         buttons = notebook.locator(".widget-radio-box label")
         buttons.first.scroll_into_view_if_needed()
@@ -114,19 +122,44 @@ def test_a_student_runs_the_tour_and_draws_a_text_of_their_own(lab: str, browser
             arg=[draw.locator(".js-plotly-plot").last.element_handle(), before],
         )
         photograph(page, "light")
-        page.evaluate(
-            "window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
-        )
-        page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
+        turn_dark(page)
         photograph(page, "dark")
         assert errors == []
     finally:
         page.close()
 
 
-def run_every_cell(page: Page) -> None:
-    """Run cell after cell, past those that fail, and check that only exercises and checks did."""
-    failed = page.evaluate(
+@pytest.mark.parametrize("lesson", SOLVED)
+def test_a_solved_lesson_shows_its_figures_in_both_themes(lab: str, browser: Browser, lesson: str) -> None:
+    page = browser.new_page(viewport={"width": 1440, "height": 2400})
+    page.set_default_timeout(PATIENCE_MS)
+    try:
+        page.goto(lab.replace("LESSON", lesson))
+        expect(page.locator(".jp-Notebook .jp-Cell").first).to_be_visible(timeout=PATIENCE_MS)
+        assert run_every_cell(page) == []
+        for theme in ("light", "dark"):
+            if theme == "dark":
+                turn_dark(page)
+            for name, (mime, shown) in OUTPUTS.items():
+                page.evaluate(SCROLL_TO_FIRST, mime)
+                expect(page.locator(shown).filter(visible=True).first).to_be_visible(timeout=PATIENCE_MS)
+                photograph(page, f"{lesson}-{name}-{theme}")
+    finally:
+        page.close()
+
+
+def turn_dark(page: Page) -> None:
+    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
+
+
+def run_every_cell(page: Page) -> list[list[str]]:
+    """Run cell after cell, past those that fail; the tags of those that did."""
+    page.wait_for_function(
+        "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
+        timeout=PATIENCE_MS,
+    )
+    return page.evaluate(
         """async () => {
             const panel = window.jupyterapp.shell.currentWidget;
             const failed = [];
@@ -141,4 +174,3 @@ def run_every_cell(page: Page) -> None:
             return failed;
         }"""
     )
-    assert failed == [["check"], ["check"]]
