@@ -105,6 +105,14 @@ def test_start_shows_costs_in_the_diagram_and_more_of_the_model(open_app: OpenAp
     assert len(app.code) == 2 and not figures(app)
 
 
+def test_a_lesson_keeps_its_solutions_folded(open_app: OpenApp) -> None:
+    app = open_app("lesson", lesson="05_chunk_experts")
+    assert_clean(app)
+    assert [each.label for each in app.expander] == ["Solution"] * 3
+    assert all("def " in each.markdown[0].value for each in app.expander)
+    assert not any("<details>" in each.value for each in app.markdown)
+
+
 def test_a_domain_narrows_the_routing(open_app: OpenApp) -> None:
     app = open_app("routing")
     assert "2 samples" in notes(app)[0]
