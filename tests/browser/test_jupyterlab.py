@@ -33,7 +33,7 @@ SCROLL_TO_FIRST = """async (mime) => {
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address, with its token, of LESSON in a JupyterLab on copies of the lessons."""
+    """Address, with its token, of LESSON, alone in its workspace, in a JupyterLab on copies of the lessons."""
     folder = tmp_path_factory.mktemp("lessons")
     shutil.copy(ROOT / "notebooks" / "00_tour.ipynb", folder)
     for lesson in SOLVED:
@@ -76,7 +76,7 @@ def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         if found := re.search(r"(http://127\.0\.0\.1:\d+/lab)\S*(\?token=\w+)", log.read_text()):
-            return f"{found[1]}/tree/LESSON.ipynb{found[2]}"
+            return f"{found[1]}/workspaces/LESSON/tree/LESSON.ipynb{found[2]}"
         time.sleep(0.2)
     raise RuntimeError(f"JupyterLab did not come up:\n{log.read_text()}")
 
