@@ -143,7 +143,7 @@ def test_a_solved_lesson_shows_its_figures_in_both_themes(lab: str, browser: Bro
             for name, (mime, shown) in OUTPUTS.items():
                 page.evaluate(SCROLL_TO_FIRST, mime)
                 expect(page.locator(shown).filter(visible=True).first).to_be_visible(timeout=PATIENCE_MS)
-                photograph(page, f"{lesson}-{name}-{theme}")
+                photograph(page, f"{lesson}-{theme}-{name}")
     finally:
         page.close()
 
