@@ -61,7 +61,7 @@ def show_blocks(loaded: LoadedModel) -> None:
     config = loaded.model.config
     measure = st.segmented_control(
         "Show of every path", MEASURES, required=True, key=linked("measure", MEASURES)
-    )  # fmt: skip
+    )
     figure = None
     if measure == UPDATE:
         ids = prompt_ids(loaded)
@@ -195,6 +195,7 @@ if view.model is not None:
     show_model(loaded)
     show_blocks(loaded)
     show_more(loaded)
+    current_job()  # begins now what the next pages show
 if view.shown.captures:
     st.subheader("Captures")
     opened = [open_capture(path) for path in view.shown.captures]
