@@ -22,6 +22,7 @@ from hydra_lab.figures.accounting import flops, parameters
 from hydra_lab.figures.path_use import path_use
 from hydra_lab.metrics import captured_path_use
 from hydra_lab.widgets import block_diagram_payload, cost_diagram_payload
+from hydra_lab.widgets.block_diagram import quantity
 
 PAGE_OF_PATH = {
     "ssm": "state", "attention": "attention", "moe": "routing", "workspace": "workspace", "memory": "memory",
@@ -41,17 +42,12 @@ WHAT_PATHS_DO = {
 def show_model(loaded: LoadedModel) -> None:
     config = loaded.model.config
     table = parameter_table(config)
-    st.markdown(f"**{loaded.name}** is a Hydra language model, read from `{loaded.directory}`.")
-    numbers = {
-        "parameters": f"{table.total / 1e6:,.2f} M",
-        "active per token": f"{table.active / 1e6:,.2f} M",
-        "blocks": str(config.num_hidden_layers),
-        "width": str(config.hidden_size),
-        "vocabulary": f"{config.vocab_size:,}",
-    }
-    with st.container(horizontal=True, gap="medium"):
-        for label, value in numbers.items():
-            st.metric(label, value, width="content")
+    st.markdown(
+        f"**{loaded.name}** is a Hydra language model of **{quantity(table.total, '')}** parameters, of which "
+        f"**{quantity(table.active, '')}** are active for one token: **{config.num_hidden_layers}** blocks of width "
+        f"**{config.hidden_size}**, and a vocabulary of **{config.vocab_size:,}** tokens. It was read from "
+        f"`{loaded.directory}`."
+    )
 
 
 @fragment
