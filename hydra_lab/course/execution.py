@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import plotly.io
+import zmq
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
@@ -23,6 +24,19 @@ PROGRESS = re.compile(r"\d+%\|")
 RUN_ME = "Run this cell to use its controls."
 
 
+class _Client(NotebookClient):
+    """A client that does not miss a cell's end where the cell draws into an output widget.
+
+    The answer to such a widget is sent past the asyncio socket of the kernel's replies, whose wake-ups are edges: a
+    reply that arrives meanwhile would wait for the next message, a minute or more.
+    """
+
+    def handle_comm_msg(self, outs: list[Any], msg: dict[str, Any], cell_index: int) -> None:
+        super().handle_comm_msg(outs, msg, cell_index)
+        if self.kc is not None:
+            self.kc.shell_channel.socket.get(zmq.EVENTS)  # looks anew, and wakes who waits
+
+
 def run(notebook: NotebookNode, *, seconds: float = 300, allow_errors: bool = False) -> NotebookNode:
     """Execute a notebook in place with the kernel of this environment, and return it.
 
@@ -33,7 +47,7 @@ def run(notebook: NotebookNode, *, seconds: float = 300, allow_errors: bool = Fa
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed, without `allow_errors`.
     """
-    client = NotebookClient(
+    client = _Client(
         notebook,
         timeout=seconds,
         kernel_name="python3",
