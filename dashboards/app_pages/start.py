@@ -20,9 +20,9 @@ from hydra_lab.accounting import flops_per_token, parameter_table, state_bytes
 from hydra_lab.capture import open_capture
 from hydra_lab.figures.accounting import flops, parameters
 from hydra_lab.figures.path_use import path_use
+from hydra_lab.figures.theme import quantity
 from hydra_lab.metrics import captured_path_use
 from hydra_lab.widgets import block_diagram_payload, cost_diagram_payload
-from hydra_lab.widgets.block_diagram import quantity
 
 PAGE_OF_PATH = {
     "ssm": "state", "attention": "attention", "moe": "routing", "workspace": "workspace", "memory": "memory",

@@ -192,6 +192,16 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
+def quantity(number: float, unit: str) -> str:
+    """Three digits and a prefix: `quantity(1_234_567, "FLOP")` is "1.23 MFLOP"; bytes ("B") count in powers of 1024."""
+    step, prefixes = (1024, ("", "Ki", "Mi", "Gi", "Ti")) if unit == "B" else (1000, ("", "k", "M", "G", "T"))
+    place = 0
+    while number >= 999.5 and place < len(prefixes) - 1:
+        number, place = number / step, place + 1
+    digits = f"{number:.0f}" if place == 0 or number >= 99.95 else f"{number:.3g}"
+    return f"{digits} {prefixes[place]}{unit}".rstrip()
+
+
 def as_text(text: str) -> str:
     """Text of the model on one line, and shown as it is: not as markup."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace("&", "&amp;").replace("<", "&lt;")

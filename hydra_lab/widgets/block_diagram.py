@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import traitlets
 from numpy.typing import ArrayLike
 
 from hydra_lab.accounting import COMPONENTS, FlopTable, ParameterTable, StateTable
 from hydra_lab.capture.in_memory import InMemoryCapture
-from hydra_lab.figures.theme import Theme, colours
+from hydra_lab.figures.theme import Theme, colours, quantity
 from hydra_lab.metrics.records import captured_path_use
 from hydra_lab.path_use import IDLE_SHARE, PathUse
 from hydra_lab.taps import PATHS
-from hydra_lab.widgets.base import Payload, Widget, module_text
-from hydra_lab.widgets.scene import Shape, check_choice, scene_item, scene_svg, shape
+from hydra_lab.widgets.base import Payload
+from hydra_lab.widgets.scene import SceneWidget, Shape, check_choice, scene_item, shape
 
 # Pixels: a block's width, a path's height, the stream's y, between legs.
 _BLOCK, _LANE, _TOP, _LEG = 164, 36, 34, 8
@@ -145,16 +144,6 @@ def cost_diagram_payload(
     )
 
 
-def quantity(number: float, unit: str) -> str:
-    """Three digits and a prefix: `quantity(1_234_567, "FLOP")` is "1.23 MFLOP"; bytes ("B") count in powers of 1024."""
-    step, prefixes = (1024, ("", "Ki", "Mi", "Gi", "Ti")) if unit == "B" else (1000, ("", "k", "M", "G", "T"))
-    place = 0
-    while number >= 999.5 and place < len(prefixes) - 1:
-        number, place = number / step, place + 1
-    digits = f"{number:.0f}" if place == 0 or number >= 99.95 else f"{number:.3g}"
-    return f"{digits} {prefixes[place]}{unit}".rstrip()
-
-
 def _payload(
     layers: Sequence[int],
     paths: Sequence[str],
@@ -217,23 +206,15 @@ def _item(layer: int, path: str, one: _Path, left: int, place: int, num_paths: i
     return scene_item((layer, path), details, (area, line, *texts))
 
 
-class BlockDiagram(Widget):
+class BlockDiagram(SceneWidget):
     """Hydra's blocks; takes the arguments of `block_diagram_payload`.
 
     Attributes:
         selected: [block, path] that is selected, or None.
     """
 
-    _esm = module_text("scene", "anywidget")
-    selected = traitlets.List(None, allow_none=True).tag(sync=True)
-
     def __init__(self, layers: Sequence[int], paths: Sequence[str], share: ArrayLike, **options: Any) -> None:
-        payload = block_diagram_payload(layers, paths, share, **options)
-        super().__init__(payload=payload, selected=payload["selected"])
-
-    @traitlets.validate("selected")
-    def _check_selected(self, proposal: Any) -> list[Any] | None:
-        return check_choice(proposal["value"], self.payload["rows"])
+        super().__init__(block_diagram_payload(layers, paths, share, **options))
 
     @classmethod
     def of_path_use(cls, use: PathUse, **options: Any) -> "BlockDiagram":
@@ -245,14 +226,13 @@ class BlockDiagram(Widget):
         """The shares on one sample of a batch with the signal `paths`."""
         return cls.of_path_use(captured_path_use(capture, samples=[sample]), **options)
 
-    def to_svg(self) -> str:
-        """The diagram as a picture."""
-        return scene_svg(self.payload | {"selected": self.selected})
 
+class CostDiagram(SceneWidget):
+    """Hydra's blocks by what each path costs; takes the arguments of `cost_diagram_payload`.
 
-class CostDiagram(BlockDiagram):
-    """Hydra's blocks by what each path costs; takes the arguments of `cost_diagram_payload`."""
+    Attributes:
+        selected: [block, path] that is selected, or None.
+    """
 
     def __init__(self, table: ParameterTable | FlopTable | StateTable, **options: Any) -> None:
-        payload = cost_diagram_payload(table, **options)
-        Widget.__init__(self, payload=payload, selected=payload["selected"])
+        super().__init__(cost_diagram_payload(table, **options))

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import traitlets
 from numpy.typing import ArrayLike, NDArray
 
 from hydra_lab.capture.in_memory import InMemoryCapture
 from hydra_lab.figures.theme import Theme, colours
 from hydra_lab.metrics.records import routing_record
 from hydra_lab.metrics.routing import RoutingMap, routing_map
-from hydra_lab.widgets.base import Payload, Widget, module_text
+from hydra_lab.widgets.base import Payload
 from hydra_lab.widgets.colouring import ink
-from hydra_lab.widgets.scene import Shape, check_choice, scene_item, scene_svg, shape
+from hydra_lab.widgets.scene import SceneWidget, Shape, check_choice, scene_item, shape
 from hydra_lab.widgets.text import visible
 
 _CELL, _LANE, _LEFT, _TOP = 52, 34, 64, 24  # pixels: a chunk's width, a lane's height, where the cells begin
@@ -110,23 +109,15 @@ def chunk_margins(logits: NDArray[Any], experts: NDArray[Any]) -> NDArray[np.flo
     return np.where(np.isinf(best), np.nan, chosen - best)
 
 
-class RoutingLanes(Widget):
+class RoutingLanes(SceneWidget):
     """The experts of each chunk; takes the arguments of `routing_lanes_payload`.
 
     Attributes:
         selected: [block, chunk] that is selected, or None.
     """
 
-    _esm = module_text("scene", "anywidget")
-    selected = traitlets.List(None, allow_none=True).tag(sync=True)
-
     def __init__(self, routing: RoutingMap, chunk_texts: Sequence[str], **options: Any) -> None:
-        payload = routing_lanes_payload(routing, chunk_texts, **options)
-        super().__init__(payload=payload, selected=payload["selected"])
-
-    @traitlets.validate("selected")
-    def _check_selected(self, proposal: Any) -> list[Any] | None:
-        return check_choice(proposal["value"], self.payload["rows"])
+        super().__init__(routing_lanes_payload(routing, chunk_texts, **options))
 
     @classmethod
     def of_capture(
@@ -144,7 +135,3 @@ class RoutingLanes(Widget):
         assert record.logits is not None  # asked for above
         margin = chunk_margins(record.logits[:, 0, : len(pieces)], routing.experts)
         return cls(routing, pieces, margin=margin, **options)
-
-    def to_svg(self) -> str:
-        """The lanes as a picture."""
-        return scene_svg(self.payload | {"selected": self.selected})

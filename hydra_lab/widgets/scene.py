@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from hydra_lab.widgets.base import Payload, svg_document, svg_text
+import traitlets
+
+from hydra_lab.widgets.base import Payload, Widget, module_text, svg_document, svg_text
 
 Shape = dict[str, Any]
 """{tag, attributes, text}: one SVG element."""
@@ -56,3 +58,25 @@ def check_choice(selected: Sequence[Any] | None, rows: Sequence[Sequence[Payload
     if not any(item["value"] == value for row in rows for item in row):
         raise ValueError(f"selected is {tuple(value)}, and nothing drawn has that value")
     return value
+
+
+class SceneWidget(Widget):
+    """A drawing of shapes, of which one can be selected.
+
+    Attributes:
+        selected: value of the item that is selected, or None.
+    """
+
+    _esm = module_text("scene", "anywidget")
+    selected = traitlets.List(None, allow_none=True).tag(sync=True)
+
+    def __init__(self, payload: Payload) -> None:
+        super().__init__(payload=payload, selected=payload["selected"])
+
+    @traitlets.validate("selected")
+    def _check_selected(self, proposal: Any) -> list[Any] | None:
+        return check_choice(proposal["value"], self.payload["rows"])
+
+    def to_svg(self) -> str:
+        """The drawing as a picture."""
+        return scene_svg(self.payload | {"selected": self.selected})

@@ -79,13 +79,13 @@ def test_first_page_of_a_warm_server(
 ) -> None:
     """Beside it, a page of Streamlit's with a heading alone: what no page of ours can be faster than here."""
     query = capture_query()
-    visitor = Visitor(browser.new_page(), server)
-    visitor.open("/" + query)
-    visitor.page.close()
     bare = tmp_path / "bare.py"
     bare.write_text("import streamlit as st\nst.title('Hydra lab')\n")
     with streamlit_server(bare, tmp_path) as bare_server:
-        first_page(browser, bare_server)
+        for address, path in ((server, "/" + query), (bare_server, "/")):
+            visitor = Visitor(browser.new_page(), address)
+            visitor.open(path)
+            visitor.page.close()
         newcomer, returning = first_page(browser, server, query)
         alone, alone_again = first_page(browser, bare_server)
     print(

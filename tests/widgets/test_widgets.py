@@ -13,6 +13,7 @@ import pytest
 
 from hydra_lab.accounting import flops_per_token, parameter_table, state_bytes
 from hydra_lab.config import HydraConfig
+from hydra_lab.figures.theme import quantity
 from hydra_lab.metrics.routing import RoutingMap
 from hydra_lab.taps import PATHS
 from hydra_lab.widgets import (
@@ -27,7 +28,6 @@ from hydra_lab.widgets import (
     visible,
 )
 from hydra_lab.widgets.base import MAX_DRAWN
-from hydra_lab.widgets.block_diagram import quantity
 from hydra_lab.widgets.colouring import contrast, ink, value_colours
 
 ODD = ["</script>", "<b>", "\0", "שלום", "\u202e", "🙂", "\n", "\x1b", "&\"'"]
