@@ -41,7 +41,8 @@ def streamlit_server(app: Path, folder: Path, *arguments: str) -> Iterator[str]:
     process = subprocess.Popen(
         [
             sys.executable, "-m", "streamlit", "run", str(app), "--server.address", "127.0.0.1",
-            "--server.port", str(port), "--server.headless", "true", "--", *arguments,
+            "--server.port", str(port), "--server.headless", "true",
+            "--browser.gatherUsageStats", "false", "--", *arguments,
         ],
         env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache")},
         cwd=folder,
