@@ -9,6 +9,7 @@ import streamlit as st
 from dashboards.shared.changes import changes_in_force, put_in_force
 from dashboards.shared.charts import chart, theme
 from dashboards.shared.colouring import choose_signal, choose_token, draw_tokens
+from dashboards.shared.components import load_plotly_when_idle
 from dashboards.shared.generation import Writer
 from dashboards.shared.jobs import Job, find_job, show_job, start_job
 from dashboards.shared.page import introduce
@@ -226,3 +227,4 @@ if in_force:
     show(loaded, ids, in_force)
 else:
     st.info("Nothing is changed yet: add a change above, for example “ablate” with expert 2.")
+    load_plotly_when_idle()

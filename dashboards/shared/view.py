@@ -76,29 +76,31 @@ def choose_view(given: Shown) -> View:
     shown = given
     for name in _opened():
         shown = shown.with_added(name)
-    captures = [*shown.captures, *(SAMPLES_OF + name for name in shown.models)]
+    choices = {
+        "model": ("Model", list(shown.models)),
+        "capture": ("Capture", [*shown.captures, *(SAMPLES_OF + name for name in shown.models)]),
+        "run": ("Training run", [*shown.runs, *_with_log(shown.models)]),
+    }
     with st.sidebar:
-        model = _choose("Model", list(shown.models), "model")
-        capture = _choose("Capture", captures, "capture")
-        run = _choose("Training run", [*shown.runs, *_with_log(shown.models)], "run")
+        chosen = {key: _choose(label, options, key) for key, (label, options) in choices.items()}
+        alone = [f"{label}: {options[0]}" for label, options in choices.values() if len(options) == 1]
+        if alone:
+            st.caption("  \n".join(alone))
         st.text_input(
             "Open another", key="to_open", placeholder="path of a model, capture or run", on_change=_open_another,
             help="A directory written by save_pretrained, `hydra-lab capture` or `hydra-lab train`.",
         )  # fmt: skip
         if problem := st.session_state.pop("not_opened", None):
             st.error(problem, icon=":material/error:")
-    view = View(shown, model, capture, run)
+    view = View(shown, **chosen)
     st.session_state["view"] = view
     return view
 
 
 def _choose(label: str, options: list[str], key: str) -> str | None:
-    if not options:
-        return None
-    if len(options) == 1:
-        st.caption(f"{label}: {options[0]}")
-        return options[0]
-    return st.selectbox(label, options, key=linked(key, options))
+    if len(options) > 1:
+        return st.selectbox(label, options, key=linked(key, options))
+    return options[0] if options else None
 
 
 def _opened() -> list[str]:
