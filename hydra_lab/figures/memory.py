@@ -29,6 +29,11 @@ from hydra_lab.metrics import (
 )
 
 
+_MARGIN = {"autoexpand": False, "l": 66, "r": 120, "b": 55}
+"""Room for numbers at the axes and for a colour bar or a short legend: margins that are known need no second drawing,
+which takes as long as the first."""
+
+
 def memory_use(result: MemoryUse, *, path_use: PathUse | None = None, theme: Theme = "light") -> go.Figure:
     """Share of the read weight, and of the reads, that the most read rows hold, against even use."""
     by_weight, by_reads = colours(2, theme)
@@ -61,6 +66,7 @@ def memory_use(result: MemoryUse, *, path_use: PathUse | None = None, theme: The
     )
     figure.update_xaxes(title_text="rows, most read first (log scale)", type="log")
     figure.update_yaxes(title_text="share held by these rows (%)", range=[0, 103])
+    figure.update_layout(margin=_MARGIN)
     return finish(
         figure,
         title=f"Use of the memory, block {result.layer}",
@@ -290,6 +296,7 @@ def memory_map(result: MemoryMap, *, path_use: PathUse | None = None, theme: The
     )
     figure.update_xaxes(title_text="second half key (index)", showgrid=False)
     figure.update_yaxes(title_text="first half key (index)", showgrid=False, autorange="reversed")
+    figure.update_layout(margin=_MARGIN)
     pooled = "" if result.cell == (1, 1) else f"; one cell sums {result.cell[0]} x {result.cell[1]} rows"
     return finish(
         figure,
@@ -324,6 +331,7 @@ def dead_addresses(
     )
     figure.update_xaxes(title_text="second half key (index)", showgrid=False)
     figure.update_yaxes(title_text="first half key (index)", showgrid=False, autorange="reversed")
+    figure.update_layout(margin=_MARGIN)
     pooled = "" if result.cell == (1, 1) else f"; one cell is {result.cell[0]} x {result.cell[1]} rows"
     n1, n2 = result.num_keys
     return finish(
