@@ -47,7 +47,7 @@ from hydra_lab.loading import model_directory
 from hydra_lab.nn.block import PATH_MODULES, HydraBlock
 from hydra_lab.nn.layers import RMSNorm
 from hydra_lab.path_use import read_path_use
-from hydra_lab.widgets import BlockDiagram
+from hydra_lab.widgets import BlockDiagram, CostDiagram
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()  # transformers' Mamba-2 says at length that it runs without its CUDA kernels
@@ -358,7 +358,10 @@ print(f"twice the active parameters: {2 * table.active:,}")
 # %% [markdown]
 # Attention computes the queries that select the same block together, in tiles whose empty places are multiplied too; how
 # many there are depends on the text, so the table leaves them out. The rule of thumb, two FLOPs per active parameter,
-# misses the products without weights: queries with keys, states with what reads them.
+# misses the products without weights: queries with keys, states with what reads them. Path by path the table says:
+
+# %%
+CostDiagram(flops)
 
 # %% [markdown]
 # ## One token at a time

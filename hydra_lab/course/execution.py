@@ -24,7 +24,7 @@ PROGRESS = re.compile(r"\d+%\|")
 RUN_ME = "Run this cell to use its controls."
 
 
-class _Client(NotebookClient):
+class Client(NotebookClient):
     """A client that does not miss a cell's end where the cell draws into an output widget.
 
     The answer to such a widget is sent past the asyncio socket of the kernel's replies, whose wake-ups are edges: a
@@ -47,7 +47,7 @@ def run(notebook: NotebookNode, *, seconds: float = 300, allow_errors: bool = Fa
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed, without `allow_errors`.
     """
-    client = _Client(
+    client = Client(
         notebook,
         timeout=seconds,
         kernel_name="python3",

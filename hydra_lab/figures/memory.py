@@ -28,7 +28,6 @@ from hydra_lab.metrics import (
     TopTokens,
 )
 
-
 _MARGIN = {"autoexpand": False, "l": 66, "r": 120, "b": 55}
 """Room for numbers at the axes and for a colour bar or a short legend: margins that are known need no second drawing,
 which takes as long as the first."""

@@ -54,8 +54,8 @@ def seconds_until_quiet(visitor: Visitor, act: Callable[[], object], selector: s
     """Seconds from `act` to a page that shows `text` in an element of `selector`, which it did not before, and has come
     to rest.
 
-    The page is asked before every frame. Playwright's own waiting asks at 0, 0.1, 0.35 and 0.85 s, which adds up to half
-    a second to what it measures.
+    The page is asked before every frame. Playwright's own waiting asks at 0, 0.1, 0.35 and 0.85 s, which would add up
+    to half a second.
     """
     shows = """([selector, text]) => [...document.querySelectorAll(selector)].some(
         (element) => (element.shadowRoot ?? element).textContent.includes(text)
