@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import get_colorscale
 
 from hydra_lab.path_use import PathUse
 
@@ -24,13 +25,18 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "
 PATTERNS = ("", "/", ".", "x", "\\", "-", "|", "+")
 MAGNITUDE = "Viridis"
 DIVERGING = "RdBu_r"
-"""Blue below a true zero, red above it."""
+"""Blue below a true zero, red above it; `finish` puts the colours of `diverging` in its place."""
 
 _TEXT = {"light": "#1b1f24", "dark": "#e8eaed"}
 _MUTED = {"light": "#57606a", "dark": "#a9b1ba"}
 _PAPER = {"light": "#ffffff", "dark": "#0e1117"}
 _GRID = {"light": "#e3e6ea", "dark": "#2b313b"}
 _WARNING = {"light": "#b34700", "dark": "#ff9d5c"}
+# As many colours as the light theme's scale has: the zero is near the paper, and what is far from it stands out.
+_DARK_DIVERGING = (
+    "#9fd3ff", "#63b3ee", "#3a8ccb", "#2b6496", "#254260", "#20262f",
+    "#55302d", "#8a3f37", "#c3574a", "#ea8570", "#ffbfae",
+)  # fmt: skip
 _LINE_HEIGHT = 16  # pixels of a line below the title
 
 
@@ -40,6 +46,12 @@ def colours(count: int, theme: Theme = "light") -> list[str]:
     _check(theme)
     palette = (*_OKABE_ITO[theme], text_colour(theme))
     return [palette[i % len(palette)] for i in range(count)]
+
+
+def diverging(theme: Theme) -> list[str]:
+    """Colours on both sides of a true zero, evenly spaced from far below (blue) to far above (red)."""
+    _check(theme)
+    return list(_DARK_DIVERGING) if theme == "dark" else [colour for _, colour in get_colorscale(DIVERGING)]
 
 
 def hatching(index: int, theme: Theme) -> dict[str, Any]:
@@ -74,9 +86,10 @@ def paper_colour(theme: Theme) -> str:
 
 def dark_equivalents() -> dict[str, str]:
     """The dark theme's colour for each colour of the light one, so that a page can turn a light figure dark."""
-    pairs = zip(_OKABE_ITO["light"], _OKABE_ITO["dark"], strict=True)
+    categories = zip(_OKABE_ITO["light"], _OKABE_ITO["dark"], strict=True)
+    scale = zip(diverging("light"), diverging("dark"), strict=True)
     parts = ((part["light"], part["dark"]) for part in (_TEXT, _MUTED, _PAPER, _GRID, _WARNING))
-    return {light.lower(): dark.lower() for light, dark in (*pairs, *parts) if light != dark}
+    return {light.lower(): dark.lower() for light, dark in (*categories, *scale, *parts) if light != dark}
 
 
 def template(theme: Theme) -> go.layout.Template:
@@ -112,7 +125,7 @@ def template(theme: Theme) -> go.layout.Template:
             "xaxis": axis,
             "yaxis": axis,
             "coloraxis": {"colorbar": colorbar, "colorscale": MAGNITUDE},
-            "colorscale": {"sequential": MAGNITUDE, "diverging": DIVERGING},
+            "colorscale": {"sequential": MAGNITUDE, "diverging": diverging(theme)},
             "legend": {"orientation": "v", "yanchor": "top", "y": 1.0, "xanchor": "left", "x": 1.02},
             "hoverlabel": {"font": {"size": 12}},
             "margin": {"l": 60, "r": 30, "b": 55},
@@ -132,7 +145,8 @@ def finish(
     path_use: PathUse | None = None,
     height: int | None = None,
 ) -> go.Figure:
-    """Give `figure` its template, title and subtitle, and say how much the model uses the path it speaks of.
+    """Give `figure` its template, title, subtitle and the theme's colours on both sides of a zero, and say how much the
+    model uses the path it speaks of.
 
     Args:
         title: what is shown.
@@ -160,7 +174,16 @@ def finish(
     )
     if height is not None:
         figure.update_layout(height=height + top)
+    _take_diverging(figure, theme)
     return figure
+
+
+def _take_diverging(figure: go.Figure, theme: Theme) -> None:
+    """Give the theme's colours to whatever was made with `DIVERGING`."""
+    named = diverging("light")
+    for scaled in (figure["layout"]["coloraxis"], *figure.select_traces({"type": "heatmap"})):
+        if [colour for _, colour in scaled["colorscale"] or ()] == named:
+            scaled["colorscale"] = diverging(theme)
 
 
 def path_use_line(path: str, layer: int | None, path_use: PathUse | None, theme: Theme) -> str:

@@ -5,7 +5,7 @@ const drawn = new Set();
 
 function draw(box) {
   let text = document.getElementById(box.dataset.figure).textContent;
-  if (inDark.matches) text = text.replace(/#[0-9a-f]{6}\b/gi, (colour) => equivalents[colour.toLowerCase()] ?? colour);
+  if (inDark.matches) text = text.replace(/#[0-9a-f]{6}\b|rgb\(\d+,\d+,\d+\)/gi, (colour) => equivalents[colour.toLowerCase()] ?? colour);
   const figure = JSON.parse(text);
   Plotly.react(box, figure.data, figure.layout, { responsive: true, displaylogo: false });
   drawn.add(box);

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from plotly.colors import sample_colorscale, unlabel_rgb
 
-from hydra_lab.figures.theme import DIVERGING, MAGNITUDE
+from hydra_lab.figures.theme import MAGNITUDE, Theme
+from hydra_lab.figures.theme import diverging as diverging_colours
 
 DARK_INK, LIGHT_INK = "#000000", "#ffffff"
 
@@ -37,11 +38,6 @@ def ink(background: str) -> str:
     return max((DARK_INK, LIGHT_INK), key=lambda colour: contrast(colour, background))
 
 
-def scale(diverging: bool) -> str:
-    """Name of plotly's colour scale."""
-    return DIVERGING if diverging else MAGNITUDE
-
-
 def limits_of(values: NDArray[Any], diverging: bool) -> tuple[float, float]:
     """Ends of the colour scale: the smallest and largest known value, symmetric where it diverges around zero."""
     known = values[np.isfinite(values)]
@@ -54,11 +50,12 @@ def limits_of(values: NDArray[Any], diverging: bool) -> tuple[float, float]:
 
 
 def value_colours(
-    values: NDArray[Any], limits: tuple[float, float], *, diverging: bool = False
+    values: NDArray[Any], limits: tuple[float, float], *, diverging: bool = False, theme: Theme = "light"
 ) -> list[str | None]:
     """Colour of each of `values` [L] between `limits`; None for what is not finite."""
     low, high = limits
     known = np.isfinite(values)
     share = np.clip((np.where(known, values, low) - low) / max(high - low, 1e-12), 0, 1)
-    sampled = sample_colorscale(scale(diverging), share.astype(float).tolist()) if len(values) else []
+    scale = diverging_colours(theme) if diverging else MAGNITUDE
+    sampled = sample_colorscale(scale, share.astype(float).tolist()) if len(values) else []
     return [str(colour) if is_known else None for colour, is_known in zip(sampled, known, strict=True)]

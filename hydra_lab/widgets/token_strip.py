@@ -59,9 +59,9 @@ def token_strip_payload(
         raise ValueError(f"chunk_size is {chunk_size}; it must be positive")
     if categories is None:
         ends = limits or limits_of(signal, diverging)
-        fills = value_colours(signal, ends, diverging=diverging)
+        fills = value_colours(signal, ends, diverging=diverging, theme=theme)
         shown_values = ["none" if np.isnan(value) else f"{value:.4g}" for value in signal]
-        steps = value_colours(np.linspace(*ends, 9), ends, diverging=diverging)
+        steps = value_colours(np.linspace(*ends, 9), ends, diverging=diverging, theme=theme)
         legend: Payload = {"label": label, "low": f"{ends[0]:.4g}", "high": f"{ends[1]:.4g}", "steps": steps}
     else:
         if diverging or limits is not None:

@@ -11,9 +11,11 @@ import numpy as np
 import plotly.graph_objects as go
 import plotly.io
 import pytest
+from plotly.colors import get_colorscale
 
 from hydra_lab import figures, metrics
-from hydra_lab.figures.theme import log_ticks
+from hydra_lab.figures.theme import DIVERGING, MAGNITUDE, Theme, diverging, finish, log_ticks, paper_colour
+from hydra_lab.widgets.colouring import contrast
 
 _spec = spec_from_file_location("figure_samples", Path(__file__).with_name("samples.py"))
 assert _spec is not None and _spec.loader is not None
@@ -43,6 +45,8 @@ def test_every_figure_follows_the_rules(name: str, theme: str) -> None:
     paper = layout["template"]["layout"]["paper_bgcolor"]
     assert paper == ("#ffffff" if theme == "light" else "#0e1117")
     assert "updatemenus" not in layout and not figure.frames  # nothing plays by itself
+    other_theme = diverging("dark" if theme == "light" else "light")[5]  # the colour of zero
+    assert other_theme not in figure.to_json()
     if name not in ("path_use", "loss_by_domain"):  # they show no decisions of a path
         assert "nats/token" in title  # the path's use stands in the figure
         assert "not measured" in title_of(MAKERS[name](theme=theme))
@@ -190,6 +194,25 @@ def test_tokens_are_shown_as_text_not_as_markup() -> None:
     assert labels[0].startswith("&lt;b>⏎") and labels[1].startswith("␣a&amp;")
     with pytest.raises(ValueError, match="1 labels for 2 tokens"):
         figures.top_tokens(top, ["x"])
+
+
+def test_what_is_far_from_zero_stands_out_from_the_paper() -> None:
+    for theme in ("light", "dark"):
+        contrasts = np.array([contrast(colour, paper_colour(theme)) for colour in diverging(theme)])
+        assert (np.diff(contrasts[:6]) < 0).all() and (np.diff(contrasts[5:]) > 0).all()
+        assert contrasts[5] < 1.3 and min(contrasts[0], contrasts[-1]) > 9
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_signed_map_has_the_colours_of_its_theme(theme: Theme) -> None:
+    signed = go.Figure(
+        [go.Heatmap(z=[[-1, 1]], colorscale=DIVERGING), go.Heatmap(z=[[1]], colorscale=MAGNITUDE)]
+    )
+    finish(signed, title="signed", subtitle="", theme=theme)
+    shared = MAKERS["co_activation"](theme=theme).to_dict()["layout"]["coloraxis"]["colorscale"]
+    own, magnitude = (trace["colorscale"] for trace in traces(signed))
+    assert [[colour for _, colour in scale] for scale in (shared, own)] == [diverging(theme)] * 2
+    assert [colour for _, colour in magnitude] == [colour for _, colour in get_colorscale(MAGNITUDE)]
 
 
 def test_unknown_theme() -> None:

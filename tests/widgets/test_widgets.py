@@ -81,8 +81,9 @@ def test_a_selection_goes_to_the_picture_and_is_checked() -> None:
 
 def test_ink_reads_on_every_colour() -> None:
     scales = [
-        value_colours(np.linspace(-1, 1, 101), (-1.0, 1.0), diverging=diverging)
+        value_colours(np.linspace(-1, 1, 101), (-1.0, 1.0), diverging=diverging, theme=theme)
         for diverging in (True, False)
+        for theme in ("light", "dark")
     ]
     assert min(contrast(c, ink(c)) for scale in scales for c in scale if c is not None) >= 4.5
 
