@@ -72,7 +72,7 @@ def decision_changes(result: "Comparison", *, theme: Theme = "light") -> go.Figu
             zmax=largest,
             colorscale=DIVERGING,
             colorbar={"title": {"text": "share or<br>change", "side": "top"}},
-            text=np.vectorize(lambda value: "" if np.isnan(value) else f"{round(value, 3) + 0.0:.3f}")(table)
+            text=np.vectorize(lambda value: "" if np.isnan(value) else f"{value:z.3f}")(table)
             if table.size
             else None,
             texttemplate="%{text}" if len(result.domains) <= _MOST_CELL_LABELS else None,

@@ -14,6 +14,7 @@ from hydra_lab.figures.theme import (
     colours,
     counted,
     finish,
+    known_margin,
     muted_colour,
     text_colour,
 )
@@ -28,9 +29,8 @@ from hydra_lab.metrics import (
     TopTokens,
 )
 
-_MARGIN = {"autoexpand": False, "l": 66, "r": 120, "b": 55}
-"""Room for numbers at the axes and for a colour bar or a short legend: margins that are known need no second drawing,
-which takes as long as the first."""
+_RIGHT = 120
+"""Pixels for a colour bar or a short legend."""
 
 
 def memory_use(result: MemoryUse, *, path_use: PathUse | None = None, theme: Theme = "light") -> go.Figure:
@@ -65,7 +65,7 @@ def memory_use(result: MemoryUse, *, path_use: PathUse | None = None, theme: The
     )
     figure.update_xaxes(title_text="rows, most read first (log scale)", type="log")
     figure.update_yaxes(title_text="share held by these rows (%)", range=[0, 103])
-    figure.update_layout(margin=_MARGIN)
+    figure.update_layout(margin=known_margin(_RIGHT))
     return finish(
         figure,
         title=f"Use of the memory, block {result.layer}",
@@ -295,7 +295,7 @@ def memory_map(result: MemoryMap, *, path_use: PathUse | None = None, theme: The
     )
     figure.update_xaxes(title_text="second half key (index)", showgrid=False)
     figure.update_yaxes(title_text="first half key (index)", showgrid=False, autorange="reversed")
-    figure.update_layout(margin=_MARGIN)
+    figure.update_layout(margin=known_margin(_RIGHT))
     pooled = "" if result.cell == (1, 1) else f"; one cell sums {result.cell[0]} x {result.cell[1]} rows"
     return finish(
         figure,
@@ -330,7 +330,7 @@ def dead_addresses(
     )
     figure.update_xaxes(title_text="second half key (index)", showgrid=False)
     figure.update_yaxes(title_text="first half key (index)", showgrid=False, autorange="reversed")
-    figure.update_layout(margin=_MARGIN)
+    figure.update_layout(margin=known_margin(_RIGHT))
     pooled = "" if result.cell == (1, 1) else f"; one cell is {result.cell[0]} x {result.cell[1]} rows"
     n1, n2 = result.num_keys
     return finish(

@@ -180,10 +180,21 @@ def finish(
 
 def _take_diverging(figure: go.Figure, theme: Theme) -> None:
     """Give the theme's colours to whatever was made with `DIVERGING`."""
+    if theme == "light":
+        return
     named = diverging("light")
     for scaled in (figure["layout"]["coloraxis"], *figure.select_traces({"type": "heatmap"})):
         if [colour for _, colour in scaled["colorscale"] or ()] == named:
             scaled["colorscale"] = diverging(theme)
+
+
+def known_margin(right: int) -> dict[str, Any]:
+    """Margins with room for numbers at the axes, which plotly need not find: else it draws a figure twice.
+
+    Args:
+        right: pixels for a colour bar or a legend.
+    """
+    return {"autoexpand": False, "l": 66, "r": right, "b": 55}
 
 
 def path_use_line(path: str, layer: int | None, path_use: PathUse | None, theme: Theme) -> str:

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from hydra_lab.figures.theme import Theme, colours, counted, finish, text_colour
+from hydra_lab.figures.theme import Theme, colours, counted, finish, known_margin, text_colour
 from hydra_lab.taps import PATHS
 from hydra_lab.training_log import TrainingLog
 
@@ -174,7 +174,4 @@ def _finish(figure: go.Figure, log: TrainingLog, title: str, subtitle: str, them
     names = [trace.name for trace in figure.select_traces()]
     height = max(300, _LEGEND_ROW * len(names) + 60)
     finish(figure, title=title, subtitle=f"{subtitle}; up to {last}", theme=theme, height=height)
-    # Margins that are known need no second drawing, which takes as long as the first.
-    return figure.update_layout(
-        margin={"autoexpand": False, "l": 66, "r": 64 + 7 * max(map(len, names)), "b": 50}
-    )
+    return figure.update_layout(margin=known_margin(64 + 7 * max(map(len, names))))

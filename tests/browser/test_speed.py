@@ -38,9 +38,10 @@ Record = Callable[[str, object], None]
 @pytest.fixture(scope="module")
 def warm_server(browser: Browser, server: str) -> str:
     """Address of the dashboard once it has captured the sample texts, which takes both cores of a small machine."""
-    visitor = Visitor(browser.new_page(), server)
-    visitor.open("/routing")
-    visitor.page.close()
+    page = browser.new_page()
+    page.goto(f"{server}/routing")
+    page.wait_for_function(QUIET, timeout=PATIENCE_MS)
+    page.close()
     return server
 
 
